@@ -1,0 +1,1 @@
+"""Router loads per data set, and the blend weights that follow from them."""

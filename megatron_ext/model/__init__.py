@@ -1,0 +1,1 @@
+"""LLaMA and LLaMA-MoE as megatron-core modules."""

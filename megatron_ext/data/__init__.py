@@ -1,0 +1,1 @@
+"""Training data: token streams, the blend plan, and the loader that reads what the plan says."""

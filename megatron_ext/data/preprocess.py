@@ -1,0 +1,433 @@
+"""JSON Lines to Megatron's `.bin/.idx`, out of core: tokenize chunks to shards, then merge them.
+
+Workers turn chunks of lines into shards of token ids in OUTPUT.partial, where a journal names the
+finished ones; a rerun continues there. Then the shards are merged and the whole directory appears
+under its name at once. The bytes are the same for any number of workers and after any interruption.
+"""
+
+import concurrent.futures
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from megatron_ext.data.jsonl import Chunk, JsonlFile, read_chunks, resolve_inputs
+from megatron_ext.data.shards import SPLITS, IndexedWriter, ShardWriter, merge_shards, token_dtype
+from megatron_ext.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_ext.errors import UserError
+
+FORMAT_VERSION = 1
+
+Domains = dict[str, list[JsonlFile]]
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """Tokenize JSON Lines into one Megatron `.bin/.idx` pair per domain and split."""
+
+    input: tuple[str, ...]
+    """NAME=PATH, NAME=GLOB or NAME=DIRECTORY for each domain; without NAME= each file is a domain
+    called like its stem. Plain, gzip or zstd."""
+    output: Path
+    """Directory to create: train/NAME.bin and .idx, valid/NAME.bin and .idx, dataset.json. Work in
+    progress is kept in OUTPUT.partial (as large again), and a rerun continues it."""
+    tokenizer: Path
+    """Sentencepiece .model file, or Hugging Face tokenizer.json or its directory."""
+    tokenizer_type: TokenizerType = "auto"
+    """Library of the tokenizer; auto: by what the path holds."""
+    json_key: str = "text"
+    """Key of the text in each line's object."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Tokenizing processes; they do not change the result."""
+    valid_fraction: float = 0.01
+    """Share of each domain that is held out, by a hash of the text; at least one text unless 0."""
+    valid_documents: int | None = None
+    """Hold out this many different texts of each domain instead."""
+    append_eod: bool = True
+    """End each document with the tokenizer's end-of-sequence id."""
+    seed: int = 0
+    """Of the choice of held-out texts and of the order of documents."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a malformed line: stop and name it, or leave it out and count it."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise UserError("no input", "name one with --input NAME=PATH")
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}", "give at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}", "give 0 or more")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"valid_fraction is {self.valid_fraction}", "give 0 or more, below 1")
+        if self.valid_documents is not None and self.valid_documents < 0:
+            raise UserError(f"valid_documents is {self.valid_documents}", "give 0 or more")
+
+
+def preprocess(options: PreprocessOptions) -> dict[str, Any]:
+    """Write the data set; returns the content of its `dataset.json`.
+
+    A finished output of the same request is left as it is.
+
+    Raises:
+        UserError: an input, the tokenizer or the output cannot be used, or a line is malformed.
+    """
+    domains = resolve_inputs(options.input)
+    tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_type)
+    if options.append_eod and tokenizer.eod_id is None:
+        raise UserError(
+            f"tokenizer {options.tokenizer} names no end-of-sequence token to end documents with",
+            "name it (eos_token in tokenizer_config.json), or pass --no-append-eod",
+        )
+    request = _request(options, tokenizer, domains)
+    output = options.output.resolve()
+    partial = output.with_name(output.name + ".partial")
+    finished = _finished_output(output, request)
+    if finished is not None:
+        print(f"{options.output} is already complete")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed in its last moment
+        return finished
+    try:
+        with _Journal(partial, request) as journal:
+            shards = _tokenize(options, tokenizer, domains, journal)
+            dataset = _merge(options, tokenizer, journal, shards)
+            dataset["request"] = request
+            temporary = partial / "dataset" / "dataset.json"
+            temporary.write_text(json.dumps(dataset, indent=2) + "\n")
+            os.replace(partial / "dataset", output)
+            shutil.rmtree(partial)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"no space left for {partial}", "make room and rerun: finished shards are kept"
+        ) from error
+    _report(options.output, dataset)
+    return dataset
+
+
+# --- What the result depends on ---------------------------------------------------------------
+
+
+def _request(options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains) -> dict[str, Any]:
+    """Everything that decides the bytes of the output."""
+    by_count = options.valid_documents is not None
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "json_key": options.json_key,
+        "append_eod": options.append_eod,
+        "seed": options.seed,
+        "valid_fraction": None if by_count else options.valid_fraction,
+        "valid_documents": options.valid_documents,
+        "on_error": options.on_error,
+        "inputs": {
+            domain: [[str(file.path.resolve()), file.size, file.mtime_ns] for file in files]
+            for domain, files in domains.items()
+        },
+    }
+
+
+# The part of a request that decides what a chunk of given lines becomes.
+_SHARD_SETTINGS = ("format_version", "tokenizer", "json_key", "append_eod", "seed")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(key for key in new if key not in old or old[key] != new[key])
+
+
+def _finished_output(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The output's dataset.json if it answers this request; None if there is no output yet."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    try:
+        dataset = json.loads((output / "dataset.json").read_text())
+        different = _differences(dataset["request"], request)
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"output {output} exists and is no data set of this tool", "name another --output"
+        ) from None
+    if different:
+        raise UserError(
+            f"output {output} exists and was made with another {different}",
+            "name another --output, or delete this one",
+        )
+    return dataset
+
+
+class _Journal:
+    """Which shards are finished: a line of JSON for each, in the partial output, which it locks."""
+
+    def __init__(self, partial: Path, request: dict[str, Any]) -> None:
+        self.partial, self.shards = partial, partial / "shards"
+        self._settings = {key: request[key] for key in _SHARD_SETTINGS}
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> "_Journal":
+        self.shards.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.partial / "journal.jsonl", "a+b")
+        try:
+            # Not flock: workers would inherit it, and hold it a moment longer than a killed parent.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._load()
+        except (BlockingIOError, PermissionError):
+            self._file.close()
+            raise UserError(f"another run is writing {self.partial}", "wait for it") from None
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        # The piece after the last line end is nothing, or a line that a killed run did not finish.
+        lines = self._file.read().split(b"\n")[:-1]
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        entries = [json.loads(line) for line in lines]
+        if not entries:
+            self._append(self._settings)
+        elif entries[0] != self._settings:
+            raise UserError(
+                f"{self.partial} holds unfinished work with another "
+                + _differences(entries[0], self._settings),
+                "rerun as before to continue it, or delete it to start afresh",
+            )
+        self.records = {record["shard"]: record for record in entries[1:]}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records[record["shard"]] = record
+        self._append(record)
+
+    def has(self, job: "_Job", on_error: str) -> bool:
+        """Whether the job's shard is finished, of the same input, and whole."""
+        record = self.records.get(job.shard)
+        if record is None or record["source"] != job.source:
+            return False
+        if record["skipped"] and on_error == "stop":
+            return False
+        for suffix in ("bin", "docs"):
+            path = self.shards / f"{job.shard}.{suffix}"
+            if not path.exists() or path.stat().st_size != record[f"{suffix}_bytes"]:
+                return False
+        return True
+
+
+# --- First pass: chunks to shards -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One chunk for a worker, and of which domain and file it is."""
+
+    shard: str
+    domain: str
+    file_number: int
+    source: list[Any]
+    """Path, size and time of the file, and the chunk size: a shard is of use while these hold."""
+    chunk: Chunk
+
+
+def _jobs(domains: Domains, total: int) -> Iterator[_Job]:
+    # About a thousand shards, so that small inputs keep all workers busy and large ones do not
+    # drown in files. The result does not depend on it.
+    chunk_bytes = min(max(1 << 20, 1 << (total // 1024).bit_length()), 1 << 25)
+    for domain, files in domains.items():
+        for number, file in enumerate(files):
+            source = [str(file.path.resolve()), file.size, file.mtime_ns, chunk_bytes]
+            for chunk in read_chunks(file, chunk_bytes):
+                shard = f"{domain}-{number:05d}-{chunk.number:06d}"
+                yield _Job(shard, domain, number, source, chunk)
+
+
+_writer: ShardWriter  # of a worker process
+
+
+def _start_worker(writer: ShardWriter, parent: int) -> None:
+    """Runs in each worker after the fork; nothing of the tokenizer is pickled."""
+    global _writer
+    _writer = writer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # a killed parent cannot stop its workers
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _run(job: _Job) -> dict[str, Any]:
+    written = _writer.write(job.shard, job.file_number, job.chunk)
+    return {"shard": job.shard, "domain": job.domain, "source": job.source, **written}
+
+
+def _tokenize(
+    options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains, journal: _Journal
+) -> dict[str, list[str]]:
+    """Bring every shard into the journal; returns the names of each domain's shards, in order.
+
+    Raises:
+        UserError: the first malformed line of the input, unless they are to be skipped.
+    """
+    total = sum(file.size for files in domains.values() for file in files)
+    shards: dict[str, list[str]] = {domain: [] for domain in domains}
+    running: dict[concurrent.futures.Future[dict[str, Any]], _Job] = {}
+    malformed: list[tuple[_Job, dict[str, Any]]] = []
+
+    def collect(when: str) -> None:
+        for future in concurrent.futures.wait(running, return_when=when).done:
+            job, record = running.pop(future), future.result()
+            bar.update(job.chunk.disk_bytes)
+            if "bin_bytes" in record:
+                journal.add(record)
+            else:
+                malformed.append((job, record))
+
+    writer = ShardWriter(
+        directory=journal.shards,
+        tokenizer=tokenizer,
+        json_key=options.json_key,
+        append_eod=options.append_eod,
+        seed=options.seed,
+        skip_errors=options.on_error == "skip",
+    )
+    with (
+        concurrent.futures.ProcessPoolExecutor(
+            max_workers=options.workers,
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(writer, os.getpid()),
+        ) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar,
+    ):
+        try:
+            for job in _jobs(domains, total):
+                shards[job.domain].append(job.shard)
+                if journal.has(job, options.on_error):
+                    bar.update(job.chunk.disk_bytes)
+                    continue
+                # A queue of two keeps workers busy; more would only hold memory.
+                if len(running) >= options.workers + 2:
+                    collect(concurrent.futures.FIRST_COMPLETED)
+                if malformed:
+                    break
+                running[pool.submit(_run, job)] = job
+            collect(concurrent.futures.ALL_COMPLETED)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died (out of memory?)",
+                "rerun with fewer --workers: finished shards are kept",
+            ) from None
+    if malformed:
+        # All before the first were submitted before it, so this one does not depend on timing.
+        position = {name: n for n, name in enumerate(n for names in shards.values() for n in names)}
+        job, record = min(malformed, key=lambda pair: position[pair[0].shard])
+        line, complaint = record["examples"][0]
+        raise UserError(
+            f"{job.source[0]}, line {line}: {complaint}",
+            "mend it and rerun (finished shards are kept), or pass --on-error skip",
+        )
+    return shards
+
+
+# --- Second pass: shards to domains -----------------------------------------------------------
+
+
+def _merge(
+    options: PreprocessOptions,
+    tokenizer: Tokenizer,
+    journal: _Journal,
+    shards: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Write every domain of the partial data set; returns the content of dataset.json."""
+    directory = journal.partial / "dataset"
+    shutil.rmtree(directory, ignore_errors=True)
+    dtype = token_dtype(tokenizer.vocab_size)
+    by_count = options.valid_documents is not None
+    hold_out = options.valid_documents if by_count else float(options.valid_fraction)
+    assert hold_out is not None
+    total = sum(journal.records[name]["bin_bytes"] for names in shards.values() for name in names)
+    domains: dict[str, Any] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", mininterval=0.5) as bar:
+        for domain, names in shards.items():
+            outputs = {s: IndexedWriter(directory / s / domain, dtype) for s in SPLITS}
+            paths = [journal.shards / name for name in names]
+            merge_shards(paths, outputs, dtype, hold_out, bar.update)
+            records = [journal.records[name] for name in names]
+            domains[domain] = _close(domain, outputs, records)
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": {
+            "path": str(tokenizer.path.resolve()),
+            "type": tokenizer.library,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+        },
+        "dtype": dtype.name,
+        "seed": options.seed,
+        "domains": domains,
+    }
+
+
+def _close(
+    domain: str, outputs: dict[str, IndexedWriter], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Finish a domain's files; returns its part of dataset.json."""
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record["skipped"])
+    examples = [
+        [record["source"][0], line, complaint]
+        for record in records
+        for line, complaint in record["examples"]
+    ]
+    if not outputs["train"].documents:
+        held_out = outputs["valid"].documents
+        raise UserError(
+            f"domain {domain!r} has no document left to train on "
+            f"({held_out} held out, {sum(skipped.values())} lines skipped)",
+            "hold out fewer, or look at its input",
+        )
+    summary: dict[str, Any] = {}
+    for split, output in outputs.items():
+        output.close()
+        summary[split] = {
+            "documents": output.documents,
+            "tokens": output.tokens,
+            "text_bytes": output.text_bytes,
+        }
+    return {**summary, "skipped": dict(sorted(skipped.items())), "skipped_examples": examples[:20]}
+
+
+def _report(output: Path, dataset: dict[str, Any]) -> None:
+    """Print what was written and what was skipped."""
+    print(f"{'domain':20} {'train documents':>16} {'tokens':>16} {'valid documents':>16} tokens")
+    for name, domain in dataset["domains"].items():
+        cells = [domain[split][what] for split in SPLITS for what in ("documents", "tokens")]
+        print(f"{name:20} " + " ".join(f"{cell:>16,}" for cell in cells))
+        for reason, count in domain["skipped"].items():
+            print(f"  skipped {count:,} lines: {reason}")
+        for path, line, complaint in domain["skipped_examples"][:3]:
+            print(f"    {path}, line {line}: {complaint}")
+    print(f"wrote {output}")

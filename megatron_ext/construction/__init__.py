@@ -1,0 +1,1 @@
+"""Dense weights to experts: pure tensor code."""

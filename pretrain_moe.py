@@ -8,7 +8,7 @@ from megatron_ext.errors import run_main
 
 
 def main() -> int:
-    from megatron_ext.config import parse_run
+    from megatron_ext.recipe import parse_run
 
     run = parse_run(description=__doc__ or "")
 

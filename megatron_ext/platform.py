@@ -1,8 +1,9 @@
 """CUDA or CPU, megatron-core 0.16 or 0.19: the only file that adapts megatron-core.
 
-On CUDA nothing of megatron-core is touched. On CPU (gloo, plain torch) its CUDA literals are mapped to the
-CPU before the first module is built; each mapping below names what it meets. Call `setup` once per process,
-before any other part of `megatron_ext` that imports megatron-core's model or optimizer code.
+On CUDA nothing of megatron-core is touched. On CPU (gloo, plain torch) its CUDA literals are mapped
+to the CPU before the first module is built; each mapping below names what it meets. Call `setup`
+once per process, before any other part of `megatron_ext` that imports megatron-core's model or
+optimizer code.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def setup(device: str = "auto", transformer_impl: str = "auto") -> Platform:
         )
     if transformer_impl == "auto":
         transformer_impl = "transformer_engine" if has_te and has_cuda else "local"
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else torch.device("cpu")
+    chosen = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if has_cuda
+        else torch.device("cpu")
+    )
     if has_cuda:
         torch.cuda.set_device(chosen)
     else:
@@ -99,10 +104,13 @@ def setup(device: str = "auto", transformer_impl: str = "auto") -> Platform:
         f"{name} {installed(package) or 'not installed'}"
         for name, package in (("TransformerEngine", "transformer-engine"), ("Apex", "apex"))
     ]
-    name = torch.cuda.get_device_name(chosen) if has_cuda else f"CPU, {torch.get_num_threads()} threads"
-    description = (
-        f"{name}; {transformer_impl} layers; torch {torch.__version__}, megatron-core {core}; {'; '.join(extras)}"
+    name = (
+        torch.cuda.get_device_name(chosen)
+        if has_cuda
+        else f"CPU, {torch.get_num_threads()} threads"
     )
+    versions = f"torch {torch.__version__}, megatron-core {core}"
+    description = f"{name}; {transformer_impl} layers; {versions}; {'; '.join(extras)}"
     return Platform(chosen, transformer_impl, description)
 
 
@@ -117,11 +125,45 @@ def init_process_group(platform: Platform, timeout_minutes: float = 30.0) -> Non
         torch.distributed.init_process_group(platform.backend, timeout=timeout)
     else:
         torch.distributed.init_process_group(
-            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+            platform.backend,
+            store=torch.distributed.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
         )
 
 
-# --- CPU ------------------------------------------------------------------------------------------------
+def synchronous_save_strategy() -> Any:
+    """megatron-core's torch_dist format, written by this process.
+
+    megatron-core's own strategy starts helper processes even for a synchronous save: they import
+    the main module again (seconds for each rank), hang for ever if psutil is missing, and outlive a
+    rank that is killed.
+    """
+    import torch.distributed.checkpoint as dcp
+    from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+
+    core: Any = torch_dist
+
+    class SynchronousSave(core.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+        def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+            sharded_state_dict, _, _ = core._replace_state_dict_keys_with_sharded_keys(
+                sharded_state_dict, self.keep_only_main_replica
+            )
+            dcp.save(
+                core.mcore_to_pyt_state_dict(sharded_state_dict, False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+                planner=core.MCoreSavePlanner(
+                    dedup_replicated_tensors=not self.keep_only_main_replica,
+                    flatten_state_dict=False,
+                ),
+            )
+
+    return SynchronousSave("torch_dist", 1)
+
+
+# --- CPU
+# ------------------------------------------------------------------------------------------------
 
 
 class _NullStream:
@@ -183,11 +225,11 @@ def _map_cuda_to_cpu() -> None:
         return
     _mapped = True
     cpu = torch.device("cpu")
-    # megatron-core compiles its element-wise fusions when it is imported: on CPU that costs a C++ compiler and
-    # minutes, for functions that are not on our path.
+    # megatron-core compiles its element-wise fusions when it is imported: on CPU that costs a C++
+    # compiler and minutes, for functions that are not on our path.
     torch.compile = _no_compile  # type: ignore[assignment]
-    # Streams and events order asynchronous work; here there is none. (Each name gets a function of its own:
-    # torch._dynamo, which torch's optimizers import, keeps them in one table.)
+    # Streams and events order asynchronous work; here there is none. (Each name gets a function of
+    # its own: torch._dynamo, which torch's optimizers import, keeps them in one table.)
     cuda: Any = torch.cuda
     stream = _NullStream()
     cuda.current_device = _returning(cpu)
@@ -199,7 +241,8 @@ def _map_cuda_to_cpu() -> None:
     cuda.nvtx.range_push, cuda.nvtx.range_pop = _returning(0), _returning(0)
     tensor: Any = torch.Tensor
     tensor.record_stream = _returning(None)
-    # One generator serves both "devices", so that the tracked states of megatron-core are real states.
+    # One generator serves both "devices", so that the tracked states of megatron-core are real
+    # states.
     cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()
     cuda.random.get_rng_state = cuda.get_rng_state
     cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
@@ -224,13 +267,14 @@ def _map_cuda_to_cpu() -> None:
     from megatron.core.optimizer import optimizer as optimizer_classes
     from megatron.core.transformer.moe import token_dispatcher
 
-    # Experts split over expert-tensor ranks gather different numbers of tokens; gloo wants equal shares.
+    # Experts split over expert-tensor ranks gather different numbers of tokens; gloo wants equal
+    # shares.
     torch.distributed.all_gather = _gather_unequal(torch.distributed.all_gather)
     torch.distributed.reduce_scatter = _reduce_scatter_unequal(torch.distributed.reduce_scatter)
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    # gloo's all_to_all_single wants lists or arrays; megatron-core converts the split sizes only when
-    # they come from CUDA.
+    # gloo's all_to_all_single wants lists or arrays; megatron-core converts the split sizes only
+    # when they come from CUDA.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_to_host
     # Without expert parallelism tokens are sorted by expert already.
     token_dispatcher.sort_chunks_by_idxs = _skip_identity(token_dispatcher.sort_chunks_by_idxs)
@@ -239,7 +283,9 @@ def _map_cuda_to_cpu() -> None:
 
 
 def _gather_unequal(all_gather: Any) -> Any:
-    """all_gather that pads the ranks' shares to the largest where they differ in their first dimension."""
+    """all_gather that pads the ranks' shares to the largest where they differ in their first
+    dimension.
+    """
 
     @functools.wraps(all_gather)
     def gather(outputs: list[torch.Tensor], share: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -257,7 +303,9 @@ def _gather_unequal(all_gather: Any) -> Any:
 
 
 def _reduce_scatter_unequal(reduce_scatter: Any) -> Any:
-    """reduce_scatter as a sum over the group of which each rank keeps its share, where the shares differ."""
+    """reduce_scatter as a sum over the group of which each rank keeps its share, where the shares
+    differ.
+    """
 
     @functools.wraps(reduce_scatter)
     def scatter(output: torch.Tensor, shares: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -279,7 +327,9 @@ def _no_compile(function: Any = None, **kwargs: Any) -> Any:
 
 def _skip_identity(sort_chunks: Any) -> Any:
     @functools.wraps(sort_chunks)
-    def sort(x: torch.Tensor, sizes: Any, order: torch.Tensor, probs: Any = None, **kwargs: Any) -> Any:
+    def sort(
+        x: torch.Tensor, sizes: Any, order: torch.Tensor, probs: Any = None, **kwargs: Any
+    ) -> Any:
         if torch.equal(order, torch.arange(len(order))):
             return x, probs
         return sort_chunks(x, sizes, order, probs=probs, **kwargs)
@@ -288,7 +338,9 @@ def _skip_identity(sort_chunks: Any) -> Any:
 
 
 def use_fused_adam(optimizer: Any) -> None:
-    """Let torch's AdamW take its fused CPU kernel; megatron-core builds it as a loop over parameters."""
+    """Let torch's AdamW take its fused CPU kernel; megatron-core builds it as a loop over
+    parameters.
+    """
     for group in optimizer.param_groups:
         if "fused" in group:
             group["fused"], group["foreach"] = True, False
@@ -302,7 +354,9 @@ def _split_sizes_to_host(tensor: Any, as_numpy: bool = False, record_stream: boo
 def _clip_by_total_norm(
     parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
 ) -> None:
-    """Scale gradients to `max_norm` (megatron-core's own asserts that gradients are CUDA tensors)."""
+    """Scale gradients to `max_norm` (megatron-core's own asserts that gradients are CUDA
+    tensors).
+    """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     scale = max_norm / (total_norm + 1.0e-6)

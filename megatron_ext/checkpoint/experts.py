@@ -22,9 +22,10 @@ from megatron_ext.checkpoint.tensors import (
     layer_key,
     tensor_shapes,
 )
-from megatron_ext.config import ModelConfig, to_dict
+from megatron_ext.config import ModelConfig
 from megatron_ext.construction import partition
 from megatron_ext.errors import UserError
+from megatron_ext.recipe import to_dict
 
 
 class PartitionedWeights:

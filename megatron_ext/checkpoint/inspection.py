@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_ext.checkpoint.layout import read_construction
 from megatron_ext.checkpoint.reader import CheckpointWeights
 from megatron_ext.checkpoint.tensors import Weights, tensor_shapes
-from megatron_ext.config import ModelConfig, to_dict
+from megatron_ext.config import ModelConfig
+from megatron_ext.recipe import to_dict
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:

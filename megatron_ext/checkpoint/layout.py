@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.config import ModelConfig, from_dict, to_dict
+from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.recipe import from_dict, to_dict
 
 MODEL_FILE = "model.yaml"
 LATEST_FILE = "latest_checkpointed_iteration.txt"

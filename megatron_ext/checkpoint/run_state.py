@@ -4,7 +4,8 @@
     RUN/latest_checkpointed_iteration.txt  what a resumed run starts from
     RUN/iter_0000100/                      megatron-core distributed checkpoint + run_state.json
 
-A checkpoint is written under another name and renamed when it is complete: what a name says is there is whole.
+A checkpoint is written under another name and renamed when it is complete: what a name says is
+    there is whole.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.config import ModelConfig, to_dict
+from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.platform import synchronous_save_strategy
+from megatron_ext.recipe import to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,9 @@ LATE_PARAMETERS = (".router.noise_weight", ".router.expert_bias")
 
 
 def metadata() -> dict[str, Any]:
-    """How state dicts are sharded: one key per layer, so that conversion can work layer by layer."""
+    """How state dicts are sharded: one key per layer, so that conversion can work layer by
+    layer.
+    """
     return {
         "non_homogeneous_layers": True,
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -101,7 +106,7 @@ def save_run(
     torch.distributed.barrier()
     sharded = model_state_dict(model)
     sharded["optimizer"] = _optimizer_state_dict(optimizer, sharded)
-    dist_checkpointing.save(sharded, str(partial))
+    dist_checkpointing.save(sharded, str(partial), synchronous_save_strategy())
     if is_main:
         state = {**state, "iteration": iteration, "scheduler": scheduler.state_dict()}
         (partial / RUN_STATE).write_text(json.dumps(state))

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 class SdpaAttention(DotProductAttention):
-    """Grouped-query causal attention without the [s, s] score matrix of megatron-core's local attention."""
+    """Grouped-query causal attention without the [s, s] score matrix of megatron-core's local
+    attention.
+    """
 
     def forward(  # type: ignore[override]
         self,
@@ -24,9 +26,8 @@ class SdpaAttention(DotProductAttention):
         """Attend.
 
         Args:
-            query: [s, b, heads, head_dim]
-            key, value: [s, b, groups, head_dim]
-            attention_mask: None (causal), or bool [b or 1, 1, s, s], True where a query must not look.
+            query: [s, b, heads, head_dim] key, value: [s, b, groups, head_dim] attention_mask: None
+                (causal), or bool [b or 1, 1, s, s], True where a query must not look.
 
         Returns:
             [s, b, heads * head_dim]

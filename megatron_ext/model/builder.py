@@ -1,4 +1,6 @@
-"""From a RunConfig to a megatron-core model: the only file that names GPTModel and its layer specs."""
+"""From a RunConfig to a megatron-core model: the only file that names GPTModel and its layer
+specs.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,12 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
         sequence_parallel=parallel.uses_sequence_parallel,
         # A step's gradient is the sum over its trained tokens divided by their number, on any grid.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # gloo still reads a tensor that is being sent.
+        deallocate_pipeline_outputs=platform.is_cuda,
+        # With two stages the neighbours on both sides are one rank: only the overlapped form keeps
+        # the messages of an interleaved schedule apart.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         attention_softmax_in_fp32=True,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
@@ -95,15 +102,17 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
     )
     if model.is_moe:
         values |= _moe_values(run, platform)
-    # CPU tensors are initialised by megatron-core's CPU path, which draws the whole matrix on every rank and cuts
-    # out the rank's share: the weights do not depend on the grid.
+    # CPU tensors are initialised by megatron-core's CPU path, which draws the whole matrix on every
+    # rank and cuts out the rank's share: the weights do not depend on the grid.
     values["use_cpu_initialization"] = not platform.is_cuda
     return LlamaMoeTransformerConfig(**values)
 
 
 def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
     model, router = run.model, run.router
-    core_loss = router.moe_balance_loss if router.moe_balance_loss not in ("cv2", "none") else "none"
+    core_loss = (
+        router.moe_balance_loss if router.moe_balance_loss not in ("cv2", "none") else "none"
+    )
     return dict(
         num_moe_experts=model.num_experts,
         moe_router_topk=model.moe_router_topk,
@@ -116,7 +125,8 @@ def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
         moe_router_enable_expert_bias=router.moe_router_enable_expert_bias,
         moe_router_bias_update_rate=router.moe_router_bias_update_rate,
         moe_router_score_function="sigmoid" if router.moe_router_enable_expert_bias else "softmax",
-        # With k = 1 a softmax over the one chosen logit is the constant 1 and teaches the router nothing.
+        # With k = 1 a softmax over the one chosen logit is the constant 1 and teaches the router
+        # nothing.
         moe_router_pre_softmax=model.moe_router_topk == 1,
         moe_router_dtype=router.moe_router_dtype,
         moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
@@ -133,8 +143,8 @@ def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
 class SeededLayer(TransformerLayer):
     """A decoder layer whose fresh weights depend on its number, not on the pipeline stage it is in.
 
-    (On CPU, where whole matrices are drawn and then cut. On CUDA megatron-core draws from tracked generators per
-    tensor-parallel rank.)
+    (On CPU, where whole matrices are drawn and then cut. On CUDA megatron-core draws from tracked
+    generators per tensor-parallel rank.)
     """
 
     def __init__(self, config: Any, *args: Any, layer_number: int = 1, **kwargs: Any) -> None:
@@ -149,8 +159,12 @@ def _normal_(tensor: torch.Tensor, std: float) -> torch.Tensor:
     return torch.nn.init.normal_(tensor, 0.0, std)
 
 
-def layer_specs(config: LlamaMoeTransformerConfig, platform: Platform, vp_stage: int | None = None) -> Any:
-    """megatron-core's decoder block of this pipeline stage, with our router, and our modules in the local backend."""
+def layer_specs(
+    config: LlamaMoeTransformerConfig, platform: Platform, vp_stage: int | None = None
+) -> Any:
+    """megatron-core's decoder block of this pipeline stage, with our router, and our modules in the
+    local backend.
+    """
     local = platform.transformer_impl == "local"
     block = get_gpt_decoder_block_spec(
         config,
@@ -170,13 +184,20 @@ def layer_specs(config: LlamaMoeTransformerConfig, platform: Platform, vp_stage:
         moe = _moe_submodules(parts.mlp)
         if moe is not None:
             moe.router = LlamaMoeRouter
+            # The local layers' name for this weight, so that a checkpoint serves both backends.
+            parts.sharded_state_dict_keys_map = {
+                **parts.sharded_state_dict_keys_map,
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            }
             if local:
                 moe.experts = LocalExperts
     return block
 
 
 def _moe_submodules(mlp: Any) -> Any:
-    """MoESubmodules of a layer's MLP spec (0.16: a ModuleSpec, 0.19: a partial), or None for a dense MLP."""
+    """MoESubmodules of a layer's MLP spec (0.16: a ModuleSpec, 0.19: a partial), or None for a
+    dense MLP.
+    """
     if isinstance(mlp, ModuleSpec):
         return mlp.submodules if mlp.module is MoELayer else None
     return mlp.keywords["submodules"] if mlp.func is MoELayer else None
@@ -190,8 +211,8 @@ def build_model(
 ) -> GPTModel:
     """This rank's part of the model, on the platform's device, in the run's precision.
 
-    `parallel_state` must be initialised. Weights come from the seeded generators of megatron-core and do not
-    depend on the grid.
+    `parallel_state` must be initialised. Weights come from the seeded generators of megatron-core
+    and do not depend on the grid.
     """
     config = config or transformer_config(run, platform)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)

@@ -1,6 +1,8 @@
-"""Experts of the local backend: one weight tensor for all experts of a rank, one autograd node for a layer.
+"""Experts of the local backend: one weight tensor for all experts of a rank, one autograd node for
+a layer.
 
-Shapes: T tokens sent to this rank (sorted by expert), e local experts, m expert width per expert-tensor rank, h hidden.
+Shapes: T tokens sent to this rank (sorted by expert), e local experts, m expert width per
+    expert-tensor rank, h hidden.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from torch import Tensor
 class SwigluExperts(torch.autograd.Function):
     """y_t = probs_t * (SiLU(x_t Wg^T) * (x_t Wu^T)) Wd^T with the weights of token t's expert.
 
-    One node instead of E small graphs: the activations are computed for all tokens at once, only the matrix
-    products run per expert, and weight gradients are written in place into one tensor.
+    One node instead of E small graphs: the activations are computed for all tokens at once, only
+        the matrix products run per expert, and weight gradients are written in place into one
+        tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, probs: Tensor, counts: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, probs: Tensor, counts: list[int]
+    ) -> Tensor:
         """x [T, h], w1 [e, 2m, h] (gate rows, then up rows), w2 [e, h, m], probs [T] -> [T, h]."""
         m = w2.shape[2]
         both = x.new_empty(x.shape[0], 2 * m)
@@ -99,11 +104,17 @@ class LocalExperts(MegatronModule):
     """SwiGLU experts in plain torch, on any expert-parallel x expert-tensor-parallel grid.
 
     Checkpoints hold the same tensors as megatron-core's SequentialMLP and TEGroupedMLP
-    (`experts.linear_fc1.weight` [E, 2m, h], `experts.linear_fc2.weight` [E, h, m]), so that a run may change its backend.
+    (`experts.linear_fc1.weight` [E, 2m, h], `experts.linear_fc2.weight` [E, h, m]), so that a run
+    may change its backend.
     """
 
     def __init__(
-        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None, **kwargs: Any
+        self,
+        num_local_experts: int,
+        config: Any,
+        submodules: Any = None,
+        pg_collection: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
@@ -123,7 +134,9 @@ class LocalExperts(MegatronModule):
             self._initialise(config)
 
     def _initialise(self, config: Any) -> None:
-        """Each expert's whole matrix from a seed of its own, so that no grid changes the weights."""
+        """Each expert's whole matrix from a seed of its own, so that no grid changes the
+        weights.
+        """
         ep_rank, tp_rank, tp_size = self.ep_group.rank(), self.tp_group.rank(), self.tp_group.size()
         generator = torch.Generator()
         base = torch.initial_seed()
@@ -131,14 +144,20 @@ class LocalExperts(MegatronModule):
             expert = ep_rank * self.num_local_experts + local
             generator.manual_seed((base * 1_000_003 + expert) % 2**63)
             hidden, width = self.linear_fc2.shape[1], self.linear_fc2.shape[2]
-            whole = torch.randn(3, width * tp_size, hidden, generator=generator) * config.init_method_std
+            whole = (
+                torch.randn(3, width * tp_size, hidden, generator=generator)
+                * config.init_method_std
+            )
             mine = whole[:, tp_rank * width : (tp_rank + 1) * width]
             with torch.no_grad():
                 self.linear_fc1[local].copy_(mine[:2].reshape(2 * width, hidden))
                 self.linear_fc2[local].copy_(mine[2].t())
 
     def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """[T, h] tokens sorted by expert, [e] counts, [T] probabilities -> ([T, h], no bias)."""
         output = SwigluExperts.apply(
@@ -158,7 +177,9 @@ class LocalExperts(MegatronModule):
         axis = len(sharded_offsets)
         replica_id = (0, 0, self.dp_group.rank())
 
-        def sharded(key: str, data: Tensor, row: tuple[int, int, int], replica: Any) -> ShardedTensor:
+        def sharded(
+            key: str, data: Tensor, row: tuple[int, int, int], replica: Any
+        ) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key,
                 data,
@@ -169,12 +190,17 @@ class LocalExperts(MegatronModule):
                 prepend_axis_num=axis,
             )
 
-        def split_gate_up(key: str, data: Tensor, replica: Any, flattened_range: Any) -> list[ShardedTensor]:
-            # A rank holds its share of the gate rows and of the up rows: two blocks of the global tensor.
+        def split_gate_up(
+            key: str, data: Tensor, replica: Any, flattened_range: Any
+        ) -> list[ShardedTensor]:
+            # A rank holds its share of the gate rows and of the up rows: two blocks of the global
+            # tensor.
             width = data.shape[1] // 2
             return [
                 sharded(key, data[:, :width].contiguous(), (axis + 1, tp_rank, 2 * tp), replica),
-                sharded(key, data[:, width:].contiguous(), (axis + 1, tp + tp_rank, 2 * tp), replica),
+                sharded(
+                    key, data[:, width:].contiguous(), (axis + 1, tp + tp_rank, 2 * tp), replica
+                ),
             ]
 
         fc1 = ShardedTensorFactory(
@@ -185,7 +211,10 @@ class LocalExperts(MegatronModule):
             replica_id,
         )
         fc2 = sharded(
-            f"{prefix}experts.linear_fc2.weight", self.linear_fc2, (axis + 2, tp_rank, tp), replica_id
+            f"{prefix}experts.linear_fc2.weight",
+            self.linear_fc2,
+            (axis + 2, tp_rank, tp),
+            replica_id,
         )
         return {f"{prefix}linear_fc1": fc1, f"{prefix}linear_fc2": fc2}
 
@@ -193,13 +222,14 @@ class LocalExperts(MegatronModule):
 def mark_expert_parameter(parameter: Any) -> None:
     """Tell megatron-core that an expert's weight has a grid of its own.
 
-    megatron-core looks only at expert parallelism. Where experts are not split as the dense layers are (TP 2 with
-    expert-TP 1), the ranks of a tensor-parallel group hold copies of an expert and see different tokens, so their
-    gradients must be summed over the expert's data-parallel group too. Marked on every grid, so that a checkpoint's
-    optimizer state does not depend on it.
+    megatron-core looks only at expert parallelism. Where experts are not split as the dense layers
+    are (TP 2 with expert-TP 1), the ranks of a tensor-parallel group hold copies of an expert and
+    see different tokens, so their gradients must be summed over the expert's data-parallel group
+    too. Marked on every grid, so that a checkpoint's optimizer state does not depend on it.
     """
     parameter.allreduce = False
-    # Counted on every rank of the group that sums the gradient norm: no two of them hold the same part.
+    # Counted on every rank of the group that sums the gradient norm: no two of them hold the same
+    # part.
     parameter.tensor_model_parallel = True
     parameter.partition_dim = 1
     parameter.partition_stride = 1

@@ -9,8 +9,9 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, in fp32 inside, as LLaMA.
 
-    megatron-core's own torch norm refuses sequence parallelism, which a MoE with tensor parallelism needs; all it
-    takes is the mark on the weight that has its gradient summed over tensor-parallel ranks.
+    megatron-core's own torch norm refuses sequence parallelism, which a MoE with tensor parallelism
+    needs; all it takes is the mark on the weight that has its gradient summed over tensor-parallel
+    ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:

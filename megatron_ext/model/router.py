@@ -1,7 +1,8 @@
-"""The router of LLaMA-MoE on megatron-core's TopKRouter: top-k, then softmax over the chosen logits.
+"""The router of LLaMA-MoE on megatron-core's TopKRouter: top-k, then softmax over the chosen
+logits.
 
-Adds the Tanh-MLP gate, learned gate noise, the CV^2 balance loss, the score scale, and a count of loads.
-Shapes: s positions of this rank, b sequences, T = s * b tokens, E experts.
+Adds the Tanh-MLP gate, learned gate noise, the CV^2 balance loss, the score scale, and a count of
+loads. Shapes: s positions of this rank, b sequences, T = s * b tokens, E experts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ NOISE_EPSILON = 0.01
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """Squared coefficient of variation: unbiased variance / (mean^2 + 1e-10) of [E]; 0 for one expert."""
+    """Squared coefficient of variation: unbiased variance / (mean^2 + 1e-10) of [E]; 0 for one
+    expert.
+    """
     if values.numel() == 1:
         return values.new_zeros(())
     return values.var() / (values.mean() ** 2 + 1e-10)
@@ -30,9 +33,10 @@ def cv_squared(values: Tensor) -> Tensor:
 def noisy_load(clean: Tensor, noisy: Tensor, sigma: Tensor, topk: int) -> Tensor:
     """Probability that each expert would be among the top k if its noise alone were drawn again.
 
-    P = Phi((clean - threshold) / sigma), where the threshold is the (k+1)-th noisy logit for an expert that is
-    among the top k and the k-th for one that is not (Shazeer et al. 2017, eq. 9). The reference code of LLaMA-MoE
-    tests the noise term alone against the threshold, which puts experts on the wrong side; here the noisy logit is tested.
+    P = Phi((clean - threshold) / sigma), where the threshold is the (k+1)-th noisy logit for an
+    expert that is among the top k and the k-th for one that is not (Shazeer et al. 2017, eq. 9).
+    The reference code of LLaMA-MoE tests the noise term alone against the threshold, which puts
+    experts on the wrong side; here the noisy logit is tested.
 
     Args:
         clean, noisy, sigma: [T, E], with topk < E.
@@ -43,7 +47,9 @@ def noisy_load(clean: Tensor, noisy: Tensor, sigma: Tensor, topk: int) -> Tensor
     top = noisy.topk(topk + 1, dim=-1).values
     next_best, kth = top[:, topk : topk + 1], top[:, topk - 1 : topk]
     threshold = torch.where(noisy > next_best, next_best, kth)
-    return torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf((clean - threshold) / sigma)
+    return torch.distributions.Normal(0.0, 1.0, validate_args=False).cdf(
+        (clean - threshold) / sigma
+    )
 
 
 class LlamaMoeRouter(TopKRouter):
@@ -86,12 +92,14 @@ class LlamaMoeRouter(TopKRouter):
             logits = torch.nn.functional.linear(torch.tanh(logits), self.gate_out.to(dtype))
         return logits
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """[s, b, h] -> (weights [T, E], zero where not chosen; chosen [T, E] bool).
 
         Args:
-            input: hidden states.
-            padding_mask: bool [s, b], True where padding (megatron-core's convention, against its doc string).
+            input: hidden states. padding_mask: bool [s, b], True where padding (megatron-core's
+                convention, against its doc string).
         """
         self._maintain_float32_expert_bias()
         clean = self.gating(input)
@@ -99,7 +107,9 @@ class LlamaMoeRouter(TopKRouter):
         if self.config.moe_gate_noise and self.training:
             sigma = (
                 torch.nn.functional.softplus(
-                    torch.nn.functional.linear(input.to(clean.dtype), self.noise_weight.to(clean.dtype))
+                    torch.nn.functional.linear(
+                        input.to(clean.dtype), self.noise_weight.to(clean.dtype)
+                    )
                 )
                 + NOISE_EPSILON
             )
@@ -108,16 +118,20 @@ class LlamaMoeRouter(TopKRouter):
         if self.config.moe_balance_loss == "cv2" and self.training and torch.is_grad_enabled():
             probs = self._attach_cv2(probs, routing_map, clean, noisy, sigma, padding_mask)
         if self.ledger is not None:
-            self.ledger.record(self.layer_number - 1, probs.detach(), routing_map, input.shape[1], padding_mask)
+            self.ledger.record(
+                self.layer_number - 1, probs.detach(), routing_map, input.shape[1], padding_mask
+            )
         scale = self.config.score_scale(self.layer_number - 1)
         return (probs if scale == 1.0 else probs * scale), routing_map
 
     def _noise(self, logits: Tensor) -> Tensor:
-        """Standard normal noise [s, b, E] that depends on the micro-batch and the layer, not on the grid.
+        """Standard normal noise [s, b, E] that depends on the micro-batch and the layer, not on the
+        grid.
 
-        The noise of the whole sequence is drawn and this rank's positions are cut out of it. A pass that recomputes
-        activations comes when the trainer has gone on to other micro-batches: it takes the seeds of its first passes,
-        which pipeline schedules bring back in the order they came.
+        The noise of the whole sequence is drawn and this rank's positions are cut out of it. A pass
+        that recomputes activations comes when the trainer has gone on to other micro-batches: it
+        takes the seeds of its first passes, which pipeline schedules bring back in the order they
+        came.
         """
         seed = self.noise_seed
         if is_checkpointing():
@@ -145,10 +159,11 @@ class LlamaMoeRouter(TopKRouter):
         sigma: Tensor | None,
         padding_mask: Tensor | None,
     ) -> Tensor:
-        """coeff * (CV^2(importance) + CV^2(load)) of the micro-batch (LLaMA-MoE; Shazeer et al. 2017).
+        """coeff * (CV^2(importance) + CV^2(load)) of the micro-batch (LLaMA-MoE; Shazeer et al.
+        2017).
 
-        Sums run over the whole micro-batch: the tensor x context parallel ranks that share its tokens are reduced
-        over, so that the grid does not change the loss.
+        Sums run over the whole micro-batch: the tensor x context parallel ranks that share its
+        tokens are reduced over, so that the grid does not change the loss.
         """
         experts = self.config.num_moe_experts
         importance = probs.float()
@@ -168,8 +183,9 @@ class LlamaMoeRouter(TopKRouter):
         if self.tp_cp_group.size() > 1:
             sums = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group)
         loss = self.config.moe_cv2_coeff * (cv_squared(sums[0]) + cv_squared(sums[1]))
-        # All ranks of the group hold the same loss of the same tokens, and reduction passes the gradient through
-        # unsummed: unlike megatron-core's losses, this one is not a sum of the ranks' shares.
+        # All ranks of the group hold the same loss of the same tokens, and reduction passes the
+        # gradient through unsummed: unlike megatron-core's losses, this one is not a sum of the
+        # ranks' shares.
         self._log(loss / self.config.moe_cv2_coeff)
         return MoEAuxLossAutoScaler.apply(probs, loss * self._tokens(probs))
 
@@ -192,19 +208,25 @@ class LlamaMoeRouter(TopKRouter):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attach one of megatron-core's balance losses with a weight that does not depend on the grid.
+        """Attach one of megatron-core's balance losses with a weight that does not depend on the
+        grid.
 
-        Gradients are divided by all tokens of the step. 0.16 scales the loss by the tokens of one tensor-parallel
-        rank instead (a TP 2 run drifts away from a TP 1 run; mended in 0.19) and the sequence loss by those of one
-        sequence; both versions divide the global loss by the data-parallel size twice.
+        Gradients are divided by all tokens of the step. 0.16 scales the loss by the tokens of one
+        tensor-parallel rank instead (a TP 2 run drifts away from a TP 1 run; mended in 0.19) and
+        the sequence loss by those of one sequence; both versions divide the global loss by the
+        data-parallel size twice.
         """
         # A rank's share of the loss: its probabilities against the counts of all.
         total = aux_loss.detach().clone()
         if reduce_group.size() > 1:
             torch.distributed.all_reduce(total, group=reduce_group)
         self._log(total / aux_loss_coeff)
-        data_parallel = reduce_group.size() // self.tp_cp_group.size()  # > 1 for the global loss only
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self._tokens(activation) * data_parallel)
+        data_parallel = (
+            reduce_group.size() // self.tp_cp_group.size()
+        )  # > 1 for the global loss only
+        return MoEAuxLossAutoScaler.apply(
+            activation, aux_loss * self._tokens(activation) * data_parallel
+        )
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """ST-MoE's z-loss, mean over the tokens of the micro-batch on any grid."""

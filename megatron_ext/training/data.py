@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.config import DataConfig, DomainConfig, RunConfig, nearest
+from megatron_ext.config import DataConfig, DomainConfig, RunConfig
 from megatron_ext.data.blend import BlendPlan
 from megatron_ext.data.loader import BatchLoader
 from megatron_ext.data.stream import TokenStream
 from megatron_ext.errors import UserError
+from megatron_ext.recipe import nearest
 
 
 @dataclass

@@ -15,7 +15,8 @@ GPU_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Forward and backward FLOPs of the activated path per token (recomputation is not counted).
 
-    A matrix of n weights costs 2n forward and 4n backward. Causal attention looks at half of the sequence on average:
+    A matrix of n weights costs 2n forward and 4n backward. Causal attention looks at half of the
+    sequence on average:
     2 products (QK^T, AV) of 2 * heads * head_dim * seq_length / 2, forward, twice that backward.
     """
     h, head = model.hidden_size, model.head_dim
@@ -35,7 +36,9 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
 
 def peak_tflops(device: torch.device) -> tuple[float, str]:
-    """(peak of one device in TFLOP/s, what it is): the data sheet's for a GPU, a measured sgemm on CPU."""
+    """(peak of one device in TFLOP/s, what it is): the data sheet's for a GPU, a measured sgemm on
+    CPU.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, peak in GPU_PEAK_TFLOPS.items():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ext import platform as platforms
-from megatron_ext.config import RunConfig, data_parallel_size
+from megatron_ext.config import RunConfig
+from megatron_ext.validation import data_parallel_size, validate
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class Grid:
 
     @property
     def counts_data(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica (one of its tensor x context ranks)."""
+        """Whether this rank speaks for its data-parallel replica (one of its tensor x context
+        ranks).
+        """
         return self.tensor_rank == 0 and self.context_rank == 0
 
 
@@ -68,7 +71,7 @@ def initialize(run: RunConfig) -> Grid:
         UserError: before any process group is made.
     """
     world_size = world_size_of_environment()
-    run.validate(world_size)
+    validate(run, world_size)
     threads = run.training.threads
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads is None and (local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ):
@@ -90,7 +93,8 @@ def initialize(run: RunConfig) -> Grid:
         expert_tensor_parallel_size=parallel.expert_tp,
         create_gloo_process_groups=platform.is_cuda,
     )
-    # Weights are drawn whole and then cut (CPU), or per tensor-parallel rank from tracked generators (CUDA).
+    # Weights are drawn whole and then cut (CPU), or per tensor-parallel rank from tracked
+    # generators (CUDA).
     torch.manual_seed(run.training.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(run.training.seed)
     torch.manual_seed(run.training.seed)
@@ -107,7 +111,8 @@ def initialize(run: RunConfig) -> Grid:
     )
     logger.info("platform: %s", platform.description)
     logger.info(
-        "grid: %d ranks = tensor %d x pipeline %d x context %d x data %d; experts over %d ranks x expert-tensor %d",
+        "grid: %d ranks = tensor %d x pipeline %d x context %d x data %d; "
+        "experts over %d ranks x expert-tensor %d",
         world_size,
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

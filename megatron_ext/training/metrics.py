@@ -1,4 +1,6 @@
-"""What a run shows: a log line a step, metrics.jsonl always, Weights & Biases when asked, a progress bar."""
+"""What a run shows: a log line a step, metrics.jsonl always, Weights & Biases when asked, a
+progress bar.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from megatron_ext.config import RunConfig, to_dict
+from megatron_ext.config import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.recipe import to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +27,9 @@ class Metrics:
         self._wandb: Any = None
         self._bar: tqdm | None = None
         self.run_id = run_id
-        """wandb's id of this run; kept in the checkpoint so that a resumed run goes on in the same curves."""
+        """wandb's id of this run; kept in the checkpoint so that a resumed run goes on in the same
+        curves.
+        """
         if not is_main:
             return
         if run.checkpoint.save:
@@ -41,8 +46,12 @@ class Metrics:
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb_project is set, but wandb is not installed", "pip install wandb") from None
-        name = run.logging.wandb_name or (Path(run.checkpoint.save).name if run.checkpoint.save else None)
+            raise UserError(
+                "wandb_project is set, but wandb is not installed", "pip install wandb"
+            ) from None
+        name = run.logging.wandb_name or (
+            Path(run.checkpoint.save).name if run.checkpoint.save else None
+        )
         self._wandb = wandb.init(
             project=run.logging.wandb_project,
             name=name,
@@ -54,7 +63,9 @@ class Metrics:
         self.run_id = self._wandb.id
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row: `kind` (train, valid, ...), the step it belongs to, numbers by name (nested by '/')."""
+        """One row: `kind` (train, valid, ...), the step it belongs to, numbers by name (nested by
+        '/').
+        """
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()

@@ -21,9 +21,11 @@ from megatron_ext.platform import Platform, installed, use_fused_adam
 
 
 class ParamScheduler(OptimizerParamScheduler):
-    """megatron-core's scheduler, with the cosine of LLaMA-MoE: cut off at the floor, not stretched to end there.
+    """megatron-core's scheduler, with the cosine of LLaMA-MoE: cut off at the floor, not stretched
+    to end there.
 
-    lr(p) = max(min_lr, max_lr (1 + cos(pi p)) / 2), p the share of decay steps done after the warm-up.
+    lr(p) = max(min_lr, max_lr (1 + cos(pi p)) / 2), p the share of decay steps done after the
+    warm-up.
     """
 
     def get_lr(self, param_group: dict) -> float:
@@ -31,14 +33,17 @@ class ParamScheduler(OptimizerParamScheduler):
             return super().get_lr(param_group)
         max_lr = param_group.get("max_lr") or self.max_lr
         min_lr = param_group.get("min_lr") or self.min_lr
-        done = (self.num_steps - self.lr_warmup_steps) / (self.lr_decay_steps - self.lr_warmup_steps)
+        done = (self.num_steps - self.lr_warmup_steps) / (
+            self.lr_decay_steps - self.lr_warmup_steps
+        )
         return max(min_lr, max_lr * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
 
 def uses_distributed_optimizer(run: RunConfig, platform: Platform) -> bool:
     """Whether optimizer state is sharded over data parallelism.
 
-    Without TransformerEngine or Apex, megatron-core's sharded optimizer cannot be saved and restored correctly.
+    Without TransformerEngine or Apex, megatron-core's sharded optimizer cannot be saved and
+    restored correctly.
     """
     chosen = run.parallel.use_distributed_optimizer
     able = platform.is_cuda and (installed("transformer-engine") or installed("apex")) is not None
@@ -66,7 +71,9 @@ def build_training_model(run: RunConfig, platform: Platform) -> list[Any]:
 
             chunk = Float16Module(config, chunk)
         model.append(
-            DistributedDataParallel(config, ddp, chunk, disable_bucketing=stage is not None and stage > 0)
+            DistributedDataParallel(
+                config, ddp, chunk, disable_bucketing=stage is not None and stage > 0
+            )
         )
     for chunk in model:
         chunk.broadcast_params()
@@ -82,7 +89,9 @@ def build_training_model(run: RunConfig, platform: Platform) -> list[Any]:
     return model
 
 
-def build_optimizer(run: RunConfig, platform: Platform, model: list[Any]) -> tuple[Any, ParamScheduler]:
+def build_optimizer(
+    run: RunConfig, platform: Platform, model: list[Any]
+) -> tuple[Any, ParamScheduler]:
     """The optimizer of all chunks, and its scheduler (one step per optimizer step)."""
     settings = run.optimizer
     bf16 = next(model[0].parameters()).dtype == torch.bfloat16
@@ -102,7 +111,8 @@ def build_optimizer(run: RunConfig, platform: Platform, model: list[Any]) -> tup
     optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=platform.is_cuda)
     if not platform.is_cuda:
         use_fused_adam(optimizer)
-    # The multiplier form of the grad scaler is 1 here; megatron-core wants the function on the config.
+    # The multiplier form of the grad scaler is 1 here; megatron-core wants the function on the
+    # config.
     model[0].config.grad_scale_func = optimizer.scale_loss
     decay = settings.lr_decay_iters or run.training.train_iters
     warmup = min(settings.lr_warmup_iters, max(decay - 1, 0))

@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Remembers a signal, and agrees with all ranks on what to do about it.
 
-    SLURM sends SIGUSR1 some minutes before a job's limit and SIGTERM when it pre-empts; a rank may get it a step
-    before another does, so the decision is a maximum over ranks.
+    SLURM sends SIGUSR1 some minutes before a job's limit and SIGTERM when it pre-empts; a rank may
+    get it a step before another does, so the decision is a maximum over ranks.
     """
 
     def __init__(self, device: torch.device, limit_minutes: float | None = None) -> None:

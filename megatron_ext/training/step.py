@@ -70,7 +70,7 @@ class ForwardStep:
 
 
 def _sum_loss(
-    loss_mask: Tensor, domain: Tensor, num_domains: int, losses: Tensor
+    loss_mask: Tensor | None, domain: Tensor, num_domains: int, losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the trained tokens' losses, their number, and both per data set.
 
@@ -79,6 +79,7 @@ def _sum_loss(
         domain: [b].
         losses: [b, s].
     """
+    assert loss_mask is not None, "the last stage reads tokens"
     masked = losses.float() * loss_mask
     per_sample = masked.detach().double().sum(1)
     sums = torch.zeros(2, num_domains, dtype=torch.float64, device=losses.device)

@@ -155,7 +155,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"loss is {loss} in step {self.iteration + 1}",
-                "lower lr, raise lr_warmup_iters, or look for broken data; the last checkpoint is whole",
+                "lower lr, raise lr_warmup_iters, or look for broken data; "
+                "the last checkpoint is whole",
             )
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
@@ -237,7 +238,9 @@ class Trainer:
     def _reduce(
         self, losses: list[dict[str, Any]], micro_batches: int
     ) -> tuple[torch.Tensor, float, torch.Tensor | None]:
-        """Sums over the world: (loss and tokens per domain [2, D], balance loss, loads [D, L, E])."""
+        """Sums over the world: (loss and tokens per domain [2, D], balance loss, loads [D, L,
+        E]).
+        """
         domains, layers = len(self.data.names), self.run.model.num_layers
         device = self.grid.platform.device
         flat = torch.zeros(2 * domains + layers, dtype=torch.float64, device=device)
@@ -342,9 +345,7 @@ class Trainer:
             **{f"loss/{name}": loss for name, loss in result.domain_loss.items()},
             **{
                 f"epochs/{name}": epochs
-                for name, epochs in zip(
-                    self.data.names, self.data.plan.epochs_used(), strict=True
-                )
+                for name, epochs in zip(self.data.names, self.data.plan.epochs_used(), strict=True)
             },
         }
         metrics.log("train", self.iteration, values)
@@ -371,14 +372,16 @@ class Trainer:
 
 
 def write_recipe(run: RunConfig, directory: str | None, is_main: bool) -> None:
-    """Leave the recipe and the model's shape beside the checkpoints."""
+    """Leave the recipe, the model's shape and the source's tokenizer beside the checkpoints."""
     if not directory or not is_main:
         return
     import yaml
 
-    from megatron_ext.config import to_dict
+    from megatron_ext.recipe import to_dict
 
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
+    if run.checkpoint.load:
+        layout.copy_companions(run.checkpoint.load, root)
     layout.write_model_config(root, run.model)
     (root / "recipe.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False))

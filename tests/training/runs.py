@@ -1,4 +1,6 @@
-"""Small real runs that the tests of this folder share: three domains, a MoE of 4 layers and 8 experts."""
+"""Small real runs that the tests of this folder share: three domains, a MoE of 4 layers and 8
+experts.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def make_run(
     optimizer: dict[str, Any] | None = None,
     **checkpoint: Any,
 ) -> RunConfig:
-    """A run of 20 steps of 8 samples of 32 tokens."""
+    """A run of 20 steps of 4 samples of 32 tokens."""
     return RunConfig(
         model=ModelConfig(
             **{
@@ -82,7 +84,7 @@ def make_run(
             **{
                 "train_iters": 20,
                 "micro_batch_size": 1,
-                "global_batch_size": 8,
+                "global_batch_size": 4,
                 "device": "cpu",
                 **(training or {}),
             }

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-
 from training.runs import losses, make_run, train_and_save, write_data
 
 TP, PP, EP, ETP = (
@@ -31,7 +30,8 @@ GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xEP2xPP2": (8, {TP: 2, EP: 2, PP: 2}),
 }
 
-# fp32 sums in another order, over 20 steps; a routing decision that flips on a rounding error would show.
+# fp32 sums in another order, over 20 steps; a routing decision that flips on a rounding error would
+# show.
 TOLERANCE = 1e-4
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def start(request: pytest.FixtureRequest, root: Path) -> tuple[Path, dict[str, Any], list[float]]:
-    """A saved start (the grids load the same weights), its recipe, and one process's losses from there."""
+    """A saved start (the grids load the same weights), its recipe, and one process's losses from
+    there.
+    """
     variant = VARIANTS[request.param]
     directory = root / request.param.replace(" ", "_")
     run_ranks(1, train_and_save, make_run(root, save=str(directory), **variant), 1)
@@ -79,7 +81,9 @@ def test_losses_equal_one_process(
 
 @pytest.mark.parametrize("loss", ["seq_aux_loss", "global_aux_loss"])
 def test_other_balance_losses_on_a_grid(loss: str, root: Path) -> None:
-    """TP2xPP2; the global loss averages over micro-batches seen so far, so data parallelism may change it."""
+    """TP2xPP2; the global loss averages over micro-batches seen so far, so data parallelism may
+    change it.
+    """
     router = {"moe_balance_loss": loss, "moe_aux_loss_coeff": 0.1}
     directory = root / loss
     run_ranks(1, train_and_save, make_run(root, router=router, save=str(directory)), 1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
+from training.runs import fingerprint, losses, make_run, make_trainer, train_and_save, write_data
 
 from megatron_ext.config import RunConfig
-from training.runs import fingerprint, losses, make_run, make_trainer, train_and_save, write_data
 
 GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -88,7 +88,9 @@ def saved_on_grid(root: Path) -> tuple[Path, list[float]]:
 def test_reshard(
     world_size: int, parallel: dict[str, int], saved_on_grid: tuple[Path, list[float]], root: Path
 ) -> None:
-    """Weights and optimizer state: the loss after the next update is right too (to fp32 rounding)."""
+    """Weights and optimizer state: the loss after the next update is right too (to fp32
+    rounding).
+    """
     directory, expected = saved_on_grid
     found = run_ranks(world_size, losses, make_run(root, parallel, load=str(directory)), 2)[0]
     assert found == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,113 @@
+"""What cannot run is refused before a process group exists, with the sum that does not work out."""
+
+from __future__ import annotations
+
+from megatron_ext.config import ParallelConfig, RunConfig
+from megatron_ext.errors import UserError
+
+
+def validate(run: RunConfig, world_size: int) -> None:
+    """Check a recipe against the number of ranks.
+
+    Raises:
+        UserError: the first thing that cannot work.
+    """
+    run.model.validate()
+    validate_grid(run, world_size)
+    if run.training.train_iters < 1:
+        raise UserError(f"train_iters={run.training.train_iters} must be at least 1")
+    longest = run.model.max_position_embeddings
+    if run.data.seq_length > longest and not run.model.rope_scaling_factor:
+        raise UserError(
+            f"seq_length={run.data.seq_length} exceeds max_position_embeddings={longest}",
+            "shorten seq_length, or raise max_position_embeddings if you mean to extrapolate RoPE",
+        )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """World size over TP x PP x CP; a UserError with the sum where it does not divide."""
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    model = tp * pp * cp
+    if world_size % model:
+        raise UserError(
+            f"world size {world_size} is not a multiple of "
+            f"tensor {tp} x pipeline {pp} x context {cp} = {model}",
+            f"launch a multiple of {model} ranks, or make the grid smaller",
+        )
+    return world_size // model
+
+
+def validate_grid(config: RunConfig, world_size: int) -> None:
+    """Every divisibility that megatron-core would assert later, checked before a process group
+    exists.
+    """
+    model, parallel, training, data = config.model, config.parallel, config.training, config.data
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        if getattr(parallel, name) < 1:
+            raise UserError(f"{name}={getattr(parallel, name)} must be at least 1")
+
+    def divides(part: int, whole: int, part_name: str, whole_name: str) -> None:
+        if whole % part:
+            raise UserError(
+                f"{whole_name}={whole} is not a multiple of {part_name}={part}",
+                f"choose a divisor of {whole} for {part_name}",
+            )
+
+    dp = data_parallel_size(parallel, world_size)
+    divides(tp, model.num_attention_heads, "tensor_model_parallel_size", "num_attention_heads")
+    divides(tp, model.kv_heads, "tensor_model_parallel_size", "num_query_groups")
+    divides(tp, model.ffn_hidden_size, "tensor_model_parallel_size", "ffn_hidden_size")
+    divides(tp, model.vocab_size, "tensor_model_parallel_size", "vocab_size")
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    divides(pp * chunks, model.num_layers, "pipeline stages x virtual stages", "num_layers")
+    if chunks > 1 and pp == 1:
+        raise UserError(
+            f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size > 1"
+        )
+    if model.is_moe:
+        assert model.num_experts is not None
+        divides(ep, model.num_experts, "expert_model_parallel_size", "num_experts")
+        divides(etp, model.expert_width, "expert_tensor_parallel_size", "moe_ffn_hidden_size")
+        divides(ep * etp * pp, world_size, "expert x expert-tensor x pipeline ranks", "world size")
+        if tp > 1 and not parallel.uses_sequence_parallel:
+            raise UserError(
+                "a MoE with tensor_model_parallel_size > 1 needs sequence_parallel",
+                "leave it unset",
+            )
+    elif ep > 1 or etp > 1:
+        raise UserError(
+            f"expert_model_parallel_size={ep}, expert_tensor_parallel_size={etp} on a dense model",
+            "convert the checkpoint to a MoE first (tools/convert_llama.py partition)",
+        )
+    if parallel.uses_sequence_parallel:
+        divides(tp * cp, data.seq_length, "tensor x context ranks", "seq_length")
+    if cp > 1:
+        divides(2 * cp, data.seq_length, "2 x context_parallel_size", "seq_length")
+    per_step = training.micro_batch_size * dp
+    if training.global_batch_size % per_step:
+        raise UserError(
+            f"global_batch_size={training.global_batch_size} is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} x data parallel {dp} (world size {world_size} / "
+            f"(tensor {tp} x pipeline {pp} x context {cp})) = {per_step}",
+            f"use a multiple of {per_step}",
+        )
+    if chunks > 1 and (training.global_batch_size // per_step) % pp:
+        raise UserError(
+            "the interleaved schedule needs micro-batches per step "
+            f"({training.global_batch_size // per_step}) to be a multiple of pipeline_model_parallel_size={pp}"
+        )

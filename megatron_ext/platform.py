@@ -263,9 +263,12 @@ def _map_cuda_to_cpu() -> None:
     tensor.to = to_cpu
 
     import megatron.core.tensor_parallel.random as random
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer import optimizer as optimizer_classes
     from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_ext.model.rotary import rotate_on_cpu
 
     # Experts split over expert-tensor ranks gather different numbers of tokens; gloo wants equal
     # shares.
@@ -276,6 +279,7 @@ def _map_cuda_to_cpu() -> None:
     # gloo's all_to_all_single wants lists or arrays; megatron-core converts the split sizes only
     # when they come from CUDA.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_to_host
+    rope_utils._apply_rotary_pos_emb_bshd = rotate_on_cpu(rope_utils._apply_rotary_pos_emb_bshd)
     # Without expert parallelism tokens are sorted by expert already.
     token_dispatcher.sort_chunks_by_idxs = _skip_identity(token_dispatcher.sort_chunks_by_idxs)
     clip_grads.clip_grad_by_total_norm_fp32 = _clip_by_total_norm

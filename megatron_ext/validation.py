@@ -13,9 +13,21 @@ def validate(run: RunConfig, world_size: int) -> None:
         UserError: the first thing that cannot work.
     """
     run.model.validate()
+    for section, name in (
+        (run.training, "train_iters"),
+        (run.training, "micro_batch_size"),
+        (run.training, "global_batch_size"),
+        (run.data, "seq_length"),
+    ):
+        if getattr(section, name) < 1:
+            raise UserError(f"{name}={getattr(section, name)} must be at least 1")
     validate_grid(run, world_size)
-    if run.training.train_iters < 1:
-        raise UserError(f"train_iters={run.training.train_iters} must be at least 1")
+    if run.parallel.context_parallel_size > 1:
+        raise UserError(
+            f"context_parallel_size={run.parallel.context_parallel_size}: sequences are not split "
+            "over ranks yet",
+            "leave it at 1; tensor_model_parallel_size splits long sequences' activations",
+        )
     longest = run.model.max_position_embeddings
     if run.data.seq_length > longest and not run.model.rope_scaling_factor:
         raise UserError(
@@ -106,8 +118,21 @@ def validate_grid(config: RunConfig, world_size: int) -> None:
             f"(tensor {tp} x pipeline {pp} x context {cp})) = {per_step}",
             f"use a multiple of {per_step}",
         )
+    if training.rampup_batch_size is not None:
+        start, increment, _ = training.rampup_batch_size
+        if start < 1 or increment < 1 or start % per_step or increment % per_step:
+            raise UserError(
+                f"start {start} and increment {increment} of rampup_batch_size must each be a "
+                f"multiple of {per_step}, the samples that all ranks take at once"
+            )
+        if (training.global_batch_size - start) % increment:
+            raise UserError(
+                f"global_batch_size={training.global_batch_size} is not {start} + n x {increment} "
+                "of rampup_batch_size"
+            )
     if chunks > 1 and (training.global_batch_size // per_step) % pp:
         raise UserError(
             "the interleaved schedule needs micro-batches per step "
-            f"({training.global_batch_size // per_step}) to be a multiple of pipeline_model_parallel_size={pp}"
+            f"({training.global_batch_size // per_step}) to be a multiple of "
+            f"pipeline_model_parallel_size={pp}"
         )

@@ -174,7 +174,8 @@ def load_run(
             "give a run directory, or convert a model with tools/convert_llama.py",
         )
     path = layout.iteration_dir(directory, iteration)
-    resumes = optimizer is not None and (path / RUN_STATE).exists()
+    # Before the first step the optimizer has no state.
+    resumes = optimizer is not None and iteration > 0 and (path / RUN_STATE).exists()
     sharded = model_state_dict(model)
     if resumes:
         sharded["optimizer"] = _optimizer_state_dict(optimizer, sharded, is_loading=True)

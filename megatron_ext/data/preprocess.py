@@ -7,7 +7,6 @@ under its name at once. The bytes are the same for any number of workers and aft
 
 import concurrent.futures
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from megatron_ext.data.journal import Journal, differences
 from megatron_ext.data.jsonl import Chunk, JsonlFile, read_chunks, resolve_inputs
 from megatron_ext.data.shards import SPLITS, IndexedWriter, ShardWriter, merge_shards, token_dtype
 from megatron_ext.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
@@ -100,7 +100,7 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed in its last moment
         return finished
     try:
-        with _Journal(partial, request) as journal:
+        with Journal(partial, request) as journal:
             shards = _tokenize(options, tokenizer, domains, journal)
             dataset = _merge(options, tokenizer, journal, shards)
             dataset["request"] = request
@@ -140,21 +140,13 @@ def _request(options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains)
     }
 
 
-# The part of a request that decides what a chunk of given lines becomes.
-_SHARD_SETTINGS = ("format_version", "tokenizer", "json_key", "append_eod", "seed")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(key for key in new if key not in old or old[key] != new[key])
-
-
 def _finished_output(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """The output's dataset.json if it answers this request; None if there is no output yet."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
         dataset = json.loads((output / "dataset.json").read_text())
-        different = _differences(dataset["request"], request)
+        different = differences(dataset["request"], request)
     except (OSError, ValueError, KeyError):
         raise UserError(
             f"output {output} exists and is no data set of this tool", "name another --output"
@@ -165,70 +157,6 @@ def _finished_output(output: Path, request: dict[str, Any]) -> dict[str, Any] | 
             "name another --output, or delete this one",
         )
     return dataset
-
-
-class _Journal:
-    """Which shards are finished: a line of JSON for each, in the partial output, which it locks."""
-
-    def __init__(self, partial: Path, request: dict[str, Any]) -> None:
-        self.partial, self.shards = partial, partial / "shards"
-        self._settings = {key: request[key] for key in _SHARD_SETTINGS}
-        self.records: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> "_Journal":
-        self.shards.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.partial / "journal.jsonl", "a+b")
-        try:
-            # Not flock: workers would inherit it, and hold it a moment longer than a killed parent.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._load()
-        except (BlockingIOError, PermissionError):
-            self._file.close()
-            raise UserError(f"another run is writing {self.partial}", "wait for it") from None
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _load(self) -> None:
-        self._file.seek(0)
-        # The piece after the last line end is nothing, or a line that a killed run did not finish.
-        lines = self._file.read().split(b"\n")[:-1]
-        self._file.truncate(sum(len(line) + 1 for line in lines))
-        entries = [json.loads(line) for line in lines]
-        if not entries:
-            self._append(self._settings)
-        elif entries[0] != self._settings:
-            raise UserError(
-                f"{self.partial} holds unfinished work with another "
-                + _differences(entries[0], self._settings),
-                "rerun as before to continue it, or delete it to start afresh",
-            )
-        self.records = {record["shard"]: record for record in entries[1:]}
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records[record["shard"]] = record
-        self._append(record)
-
-    def has(self, job: "_Job", on_error: str) -> bool:
-        """Whether the job's shard is finished, of the same input, and whole."""
-        record = self.records.get(job.shard)
-        if record is None or record["source"] != job.source:
-            return False
-        if record["skipped"] and on_error == "stop":
-            return False
-        for suffix in ("bin", "docs"):
-            path = self.shards / f"{job.shard}.{suffix}"
-            if not path.exists() or path.stat().st_size != record[f"{suffix}_bytes"]:
-                return False
-        return True
 
 
 # --- First pass: chunks to shards -------------------------------------------------------------
@@ -282,7 +210,7 @@ def _run(job: _Job) -> dict[str, Any]:
 
 
 def _tokenize(
-    options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains, journal: _Journal
+    options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains, journal: Journal
 ) -> dict[str, list[str]]:
     """Bring every shard into the journal; returns the names of each domain's shards, in order.
 
@@ -323,7 +251,7 @@ def _tokenize(
         try:
             for job in _jobs(domains, total):
                 shards[job.domain].append(job.shard)
-                if journal.has(job, options.on_error):
+                if journal.has(job.shard, job.source, options.on_error == "skip"):
                     bar.update(job.chunk.disk_bytes)
                     continue
                 # A queue of two keeps workers busy; more would only hold memory.
@@ -356,7 +284,7 @@ def _tokenize(
 def _merge(
     options: PreprocessOptions,
     tokenizer: Tokenizer,
-    journal: _Journal,
+    journal: Journal,
     shards: dict[str, list[str]],
 ) -> dict[str, Any]:
     """Write every domain of the partial data set; returns the content of dataset.json."""

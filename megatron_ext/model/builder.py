@@ -1,6 +1,4 @@
-"""From a RunConfig to a megatron-core model: the only file that names GPTModel and its layer
-specs.
-"""
+"""From a RunConfig to a megatron-core model: the only file that names megatron-core's layer specs."""
 
 from __future__ import annotations
 
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ext.config import ModelConfig, RunConfig
 from megatron_ext.model.attention import SdpaAttention
 from megatron_ext.model.experts import LocalExperts, mark_expert_parameter
+from megatron_ext.model.head import LlamaMoeModel
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.router import LlamaMoeRouter
 from megatron_ext.platform import Platform
@@ -208,7 +206,7 @@ def build_model(
     platform: Platform,
     config: LlamaMoeTransformerConfig | None = None,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> LlamaMoeModel:
     """This rank's part of the model, on the platform's device, in the run's precision.
 
     `parallel_state` must be initialised. Weights come from the seeded generators of megatron-core
@@ -217,7 +215,7 @@ def build_model(
     config = config or transformer_config(run, platform)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    model = GPTModel(
+    model = LlamaMoeModel(
         config=config,
         transformer_layer_spec=layer_specs(config, platform, vp_stage),
         vocab_size=run.model.vocab_size,

@@ -61,7 +61,11 @@ class ForwardStep:
         if self.ledger is not None:
             self.ledger.domains = batch["domain"]
         output = model(
-            batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels")
+            batch.get("tokens"),
+            batch.get("position_ids"),
+            None,
+            labels=batch.get("labels"),
+            loss_mask=batch.get("loss_mask"),
         )
         sum_loss = functools.partial(
             _sum_loss, batch.get("loss_mask"), batch["domain"], self.num_domains

@@ -1,122 +1,22 @@
 """JSON Lines to .bin/.idx: real tokenizers on real text, and everything that can go wrong."""
 
 import dataclasses
-import gzip
 import json
 import os
 import signal
 import subprocess
-import sys
-import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
+from data.corpora import EOS, TOOL, contents, options, read, write_jsonl
 
-from megatron_ext.data.preprocess import PreprocessOptions, preprocess
+from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.shards import token_dtype
 from megatron_ext.data.tokenizer import load_megatron_tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
-EOS = "<|endoftext|>"
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """About 0.9 MB of the standard library, in documents of 2,000 characters, all different."""
-    found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:32]:
-        source = path.read_text(encoding="utf-8")
-        pieces = (source[i : i + 2000] for i in range(0, len(source), 2000))
-        found.update(dict.fromkeys(piece for piece in pieces if piece.strip()))
-    return list(found) + ["Ein Gedicht: für Élise, 東京, 🙂.\n\tEnde", "one  two\u2028three"]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import sentencepiece
-
-    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in texts[:300] for line in text.splitlines() if line),
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=1000,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
-
-
-@pytest.fixture(scope="module")
-def huggingface_directory(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE that, like many on the hub, carries a truncation and a BOS template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=["<s>", EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts[:300], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    tokenizer.enable_truncation(16)
-    directory = tmp_path_factory.mktemp("hf")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": EOS}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
-
-
-@pytest.fixture(params=["sentencepiece", "huggingface"])
-def tokenizer_path(
-    request: pytest.FixtureRequest, sentencepiece_model: Path, huggingface_directory: Path
-) -> Path:
-    return sentencepiece_model if request.param == "sentencepiece" else huggingface_directory
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    data = "".join(json.dumps({key: t, "n": i}) + "\n" for i, t in enumerate(texts)).encode()
-    if path.suffix == ".gz":  # two members, as concatenated downloads have
-        half = len(data) // 2
-        data = gzip.compress(data[:half]) + gzip.compress(data[half:])
-    elif path.suffix == ".zst":
-        half = len(data) // 2
-        data = b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
-    path.write_bytes(data)
-    return path
-
-
-def read(prefix: Path) -> list[list[int]]:
-    """Documents as megatron-core reads them."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    assert len(dataset.document_indices) == len(dataset) + 1
-    return [dataset[i].tolist() for i in range(len(dataset))]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def options(tmp_path: Path, tokenizer: Path, *inputs: str, **others: object) -> PreprocessOptions:
-    base = PreprocessOptions(input=inputs, output=tmp_path / "out", tokenizer=tokenizer, workers=2)
-    return dataclasses.replace(base, **others)  # type: ignore[arg-type]
 
 
 def test_same_ids_as_megatron_core(tokenizer_path: Path, texts: list[str]) -> None:

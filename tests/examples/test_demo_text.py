@@ -1,7 +1,7 @@
 """The demo's text: parsers on the real formats in small, readers on what is really installed."""
 
 import ast
-import importlib.util
+import importlib
 import json
 import random
 import re
@@ -9,7 +9,6 @@ import sys
 import zipfile
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,16 +20,11 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo"
 LONG = "A nebula is a distinct luminescent part of interstellar medium, made of gas and dust. " * 4
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", DEMO / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-text, fetch = load("text"), load("fetch")
+# As the scripts find each other when they are run.
+sys.path.insert(0, str(DEMO))
+conversations, fetch, reading, sums, text = (
+    importlib.import_module(name) for name in ("conversations", "fetch", "reading", "sums", "text")
+)
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def wheel_dir(tmp_path: Path) -> Path:
     articles = {t: {"title": t, "extract": f"{t} shines. {LONG.strip()}"} for t in titles}
     articles["Twin"] = {"title": "Twin", "extract": articles["Nebula 1"]["extract"]}
     files = {f"data/summaries_{lang}.json": json.dumps(articles) for lang in ("en-us", "fr-fr")}
-    wheel(text.WIKI, files)
+    wheel(reading.WIKI, files)
     recipe = {"ingredients": ["2 eggs", "&#xBD; cup flour"], "steps": ["Beat.", "Bake " * 60]}
     dishes = {
         f"Cookbook:Pie {n}": {**recipe, "title": f"Pie {n}", "steps": [f"Take {n}.", "Bake " * 60]}
@@ -54,10 +48,10 @@ def wheel_dir(tmp_path: Path) -> Path:
     }
     dishes["Cookbook:Bad"] = {**recipe, "title": "Bad", "steps": ["* If #* using"]}
     dishes["Cookbook:Empty"] = {**recipe, "title": "Empty", "steps": []}
-    wheel(text.COOKBOOK, {text.RECIPES: json.dumps(dishes)})
+    wheel(reading.COOKBOOK, {reading.RECIPES: json.dumps(dishes)})
     speech = "**FOOL**  \nThe night is long, \nand so am I;  \n_\\[Aside]_  \n" * 6
     parts = "".join(f"### SCENE {n}. A heath.\n\n_Enter {n} FOOLS_\n\n{speech}\n" for n in range(9))
-    wheel(text.PLAYS, {"plays/tragedies/fools.md": f"# Fools\n\n## ACT I\n\n{parts}"})
+    wheel(reading.PLAYS, {"plays/tragedies/fools.md": f"# Fools\n\n## ACT I\n\n{parts}"})
     return tmp_path
 
 
@@ -67,7 +61,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def contents(records: list[dict[str, Any]]) -> list[str]:
-    return [text.content(record) for record in records]
+    return [reading.content(record) for record in records]
 
 
 def test_text_is_capped_split_unique_and_the_same_again(wheel_dir: Path, tmp_path: Path) -> None:
@@ -81,7 +75,7 @@ def test_text_is_capped_split_unique_and_the_same_again(wheel_dir: Path, tmp_pat
         assert sum(len(t.encode()) for t in contents(train[name])) <= 60_000
         assert sum(len(t.encode()) for t in contents(valid[name])) <= 20_000
         assert len(set(both)) == len(both) and all(record["source"] for record in train[name])
-        assert all(text.MIN_CHARS <= len(t) <= text.MAX_CHARS for t in both)
+        assert all(reading.MIN_CHARS <= len(t) <= reading.MAX_CHARS for t in both)
         assert "\f" not in "".join(both)
     for name in ("code", "manuals", "maths"):  # read off the disk: enough to fill the cap
         assert sum(len(t.encode()) for t in contents(train[name])) > 40_000
@@ -98,7 +92,7 @@ def test_conversations_alternate_and_share_nothing_with_pretraining(
     text.build_text(wheel_dir, tmp_path / "text", 60_000, 20_000)
     chats = {name: part + read(tmp_path / "chat/valid")[name] for name, part in
              read(tmp_path / "chat/train").items()}  # fmt: skip
-    assert set(chats) == set(text.DATASETS) and len(chats) >= 4
+    assert set(chats) == set(conversations.DATASETS) and len(chats) >= 4
     for records in chats.values():
         assert records
         for record in records:
@@ -114,9 +108,11 @@ def test_conversations_alternate_and_share_nothing_with_pretraining(
 
 
 def test_tidy_mends_what_stripped_markup_leaves() -> None:
-    assert text.tidy("Aniline () is\xa0 simple.") == "Aniline is simple."
-    assert text.tidy("Avogadro, Count (, also, Italian: x)") == "Avogadro, Count (also, Italian: x)"
-    assert text.tidy("A chair ( ) is\n a ''seat'' &#xBD;") == "A chair is a seat ½"
+    assert reading.tidy("Aniline () is\xa0 simple.") == "Aniline is simple."
+    assert (
+        reading.tidy("Avogadro, Count (, also, Italian: x)") == "Avogadro, Count (also, Italian: x)"
+    )
+    assert reading.tidy("A chair ( ) is\n a ''seat'' &#xBD;") == "A chair is a seat ½"
 
 
 def test_articles_that_are_short_cut_or_without_their_formula_are_dropped() -> None:
@@ -127,12 +123,13 @@ def test_articles_that_are_short_cut_or_without_their_formula_are_dropped() -> N
         "Formula": "La force est : . Autrement dit. " + LONG,
     }
     raw = json.dumps({title: {"extract": extract} for title, extract in entries.items()}).encode()
-    assert list(text.articles(raw)) == [("Whole", LONG.strip())]
+    assert list(reading.articles(raw)) == [("Whole", LONG.strip())]
 
 
 def test_recipes_are_numbered_and_markup_is_dropped(wheel_dir: Path) -> None:
     found = {
-        t: (i, s) for t, i, s in text.recipes(text.member(wheel_dir, text.COOKBOOK, text.RECIPES))
+        t: (i, s)
+        for t, i, s in reading.recipes(reading.member(wheel_dir, reading.COOKBOOK, reading.RECIPES))
     }
     assert len(found) == 40 and "Bad" not in found and "Empty" not in found
     assert found["Pie 3"][0] == "- 2 eggs\n- ½ cup flour"
@@ -143,7 +140,7 @@ def test_scenes_lose_their_markdown_and_keep_their_verses() -> None:
     play = "# Fools\n\n## ACT I\n\n### SCENE I. A heath.\n\n_Enter_\n\n**FOOL**  \nO night,  \n"
     play += "O day!\n"
     play += "\n### SCENE II. Court.\n\n**KING**  \n_\\[Aside]_  \nHow?\n"
-    assert list(text.scenes(play)) == [
+    assert list(reading.scenes(play)) == [
         ("Fools. ACT I. SCENE I. A heath.", "Enter\n\nFOOL\nO night,\nO day!"),
         ("Fools. ACT I. SCENE II. Court.", "KING\n[Aside]\nHow?"),
     ]
@@ -151,7 +148,7 @@ def test_scenes_lose_their_markdown_and_keep_their_verses() -> None:
 
 def test_docstrings_have_their_dotted_names() -> None:
     source = '"""M."""\nclass A:\n    """C."""\n    def f(self):\n        """F."""\n\ndef g(): 1\n'
-    assert sorted(text.docstrings(source, "p.m")) == [
+    assert sorted(reading.docstrings(source, "p.m")) == [
         ("p.m", "M."),
         ("p.m.A", "C."),
         ("p.m.A.f", "F."),
@@ -160,7 +157,7 @@ def test_docstrings_have_their_dotted_names() -> None:
 
 def test_functions_of_the_standard_library_lose_nothing_but_their_docstring() -> None:
     compared = 0
-    for name, source in text.stdlib_files():
+    for name, source in reading.stdlib_files():
         if name in (
             "textwrap.py",
             "shutil.py",
@@ -170,7 +167,7 @@ def test_functions_of_the_standard_library_lose_nothing_but_their_docstring() ->
             "bisect.py",
         ):
             defined = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
-            for signature, doc, body in text.functions(source):
+            for signature, doc, body in reading.functions(source):
                 node = defined[signature.split("(")[0]]
                 assert doc == ast.get_docstring(node)
                 del node.body[0]
@@ -224,14 +221,14 @@ def oracle(kind: str, question: str, given: list[int]) -> Any:
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", text.KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", sums.KINDS, ids=lambda kind: kind.__name__)
 def test_every_line_of_the_working_and_every_answer_is_right(kind: Any) -> None:
     """The answers against SymPy, each line of the working by exact arithmetic."""
     numbers = random.Random(1)
     for _ in range(200):
         question, working = kind(numbers)
         lines = re.findall(r"^([-\d /*+()]+) = ([-\d /*+]+)$", working, flags=re.M)
-        assert lines or kind is text.linear
+        assert lines or kind is sums.linear
         assert all(evaluate(left) == evaluate(right) for left, right in lines)
         given = [int(number) for number in re.findall(r"\d+", question)]
         answer = sympy.Rational(re.search(r"[Aa]n?s?wer: (\S+)$", working).group(1))  # type: ignore[union-attr]
@@ -251,7 +248,7 @@ def test_an_empty_split_is_refused(wheel_dir: Path, tmp_path: Path) -> None:
 
 def test_every_domain_and_data_set_is_credited() -> None:
     credited = {name for row in text.sources() for name in row.domain.split(", ")}
-    assert credited == set(text.DOMAINS) | set(text.DATASETS)
+    assert credited == set(text.DOMAINS) | set(conversations.DATASETS)
     assert all(all(row) for row in text.sources())
 
 

@@ -1,0 +1,55 @@
+"""Rotary position embedding for CPUs: two passes over the tensor instead of megatron-core's six."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Rotate(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head (LLaMA's layout)."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """t [s, b, heads, d], cos and sin [s, 1, 1, d / 2] -> like t."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(t, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = t.shape[-1] // 2
+    out = torch.empty(t.shape, dtype=t.dtype)
+    torch.mul(t[..., :half], cos, out=out[..., :half]).addcmul_(t[..., half:], sin, value=-1)
+    torch.mul(t[..., half:], cos, out=out[..., half:]).addcmul_(t[..., :half], sin)
+    return out
+
+
+def rotate_on_cpu(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """megatron-core's `_apply_rotary_pos_emb_bshd`, taking the short way where it applies."""
+
+    def apply(
+        t: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        plain = not (rotary_interleaved or multi_latent_attention or kwargs) and mscale == 1.0
+        if not plain or freqs.shape[-1] != t.shape[-1]:
+            return original(
+                t, freqs, rotary_interleaved, multi_latent_attention, mscale, **kwargs
+            )
+        half = freqs[..., : t.shape[-1] // 2]
+        rotated: Tensor = Rotate.apply(t, half.cos().to(t.dtype), half.sin().to(t.dtype))
+        return rotated
+
+    return apply

@@ -1,7 +1,8 @@
 """Continue the pre-training of a LLaMA-MoE (or of a dense LLaMA) on blended domains.
 
 On a laptop: python pretrain_moe.py --load MOE --data-dir DATA --save RUN --seq-length 256
-On a node:   torchrun --nproc-per-node 8 pretrain_moe.py --config recipe.yaml
+
+On a node: torchrun --nproc-per-node 8 pretrain_moe.py --config recipe.yaml
 """
 
 from megatron_ext.errors import run_main

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import UserError
 
@@ -28,6 +30,8 @@ def validate(run: RunConfig, world_size: int) -> None:
             "over ranks yet",
             "leave it at 1; tensor_model_parallel_size splits long sequences' activations",
         )
+    if run.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_project is set, but wandb is not installed", "pip install wandb")
     longest = run.model.max_position_embeddings
     if run.data.seq_length > longest and not run.model.rope_scaling_factor:
         raise UserError(

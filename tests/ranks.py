@@ -31,8 +31,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         AssertionError: a rank failed (with its traceback) or did not end in time.
     """
     # Imported once here, inherited by every rank.
+    import torch
+
     import megatron_ext.training.trainer  # noqa: F401
 
+    assert not torch.distributed.is_initialized(), (
+        "gloo does not survive a fork: see IN_THIS_PROCESS in conftest.py"
+    )
     context = multiprocessing.get_context("fork")
     port = free_port()
     ranks = []

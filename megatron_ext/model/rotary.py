@@ -35,19 +35,11 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_on_cpu(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """megatron-core's `_apply_rotary_pos_emb_bshd`, taking the short way where it applies."""
 
-    def apply(
-        t: Tensor,
-        freqs: Tensor,
-        rotary_interleaved: bool = False,
-        multi_latent_attention: bool = False,
-        mscale: float = 1.0,
-        **kwargs: Any,
-    ) -> Tensor:
-        plain = not (rotary_interleaved or multi_latent_attention or kwargs) and mscale == 1.0
-        if not plain or freqs.shape[-1] != t.shape[-1]:
-            return original(
-                t, freqs, rotary_interleaved, multi_latent_attention, mscale, **kwargs
-            )
+    def apply(t: Tensor, freqs: Tensor, **options: Any) -> Tensor:
+        # What else megatron-core passes concerns multi-latent attention.
+        special = options.get("rotary_interleaved") or options.get("multi_latent_attention")
+        if special or options.get("mscale", 1.0) != 1.0 or freqs.shape[-1] != t.shape[-1]:
+            return original(t, freqs, **options)
         half = freqs[..., : t.shape[-1] // 2]
         rotated: Tensor = Rotate.apply(t, half.cos().to(t.dtype), half.sin().to(t.dtype))
         return rotated

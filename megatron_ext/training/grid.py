@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,8 @@ def initialize(run: RunConfig) -> Grid:
         threads = max(1, (os.cpu_count() or 1) // local_ranks)
     if threads is not None:
         torch.set_num_threads(threads)
-    platform = platforms.setup(run.training.device, run.training.transformer_impl)
     _log_on_main_rank()
+    platform = platforms.setup(run.training.device, run.training.transformer_impl)
     platforms.init_process_group(platform)
     from megatron.core import parallel_state, tensor_parallel
 
@@ -128,3 +129,7 @@ def _log_on_main_rank() -> None:
     is_main = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("megatron_ext").setLevel(logging.INFO if is_main else logging.ERROR)
+    # On missing GPU libraries (the platform's line says it) and on deprecations between the two.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for module in ("megatron", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module)

@@ -13,7 +13,6 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import UserError
 from megatron_ext.recipe import to_dict
 
 logger = logging.getLogger(__name__)
@@ -43,12 +42,8 @@ class Metrics:
             self._bar = tqdm(total=run.training.train_iters, initial=first_step, unit="step")
 
     def _start_wandb(self, run: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "wandb_project is set, but wandb is not installed", "pip install wandb"
-            ) from None
+        import wandb
+
         name = run.logging.wandb_name or (
             Path(run.checkpoint.save).name if run.checkpoint.save else None
         )

@@ -1,8 +1,8 @@
 """A training step: ours beside transformers' MixtralForCausalLM, same shape, weights and tokens.
 
-Each side runs in a process of its own, turn by turn, with the same number of threads: forward, backward,
-balance loss, gradient clipping, AdamW (both with torch's fused kernel). The peer's experts run in the way
-that transformers chooses on this machine.
+Each side runs in a process of its own, turn by turn, with the same number of threads: forward,
+    backward, balance loss, gradient clipping, AdamW (both with torch's fused kernel). The peer's
+    experts run in the way that transformers chooses on this machine.
 
     make bench-train_step            (--rounds 3 --threads 2 --steps 3)
 """
@@ -163,9 +163,7 @@ def peer(shape: str, folder: Path, options: Options) -> dict[str, float]:
 
     def step() -> float:
         [batch] = loader.next(SAMPLES)
-        out = model(
-            input_ids=batch["tokens"], labels=batch["labels"], shift_labels=batch["labels"]
-        )
+        out = model(input_ids=batch["tokens"], labels=batch["labels"], shift_labels=batch["labels"])
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -177,7 +177,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks a stage holds (interleaved schedule)."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence (TransformerEngine only)."""
+    """Ranks that share a sequence; only 1 so far."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts; folded into tensor x context x data parallelism."""
     expert_tensor_parallel_size: int | None = None
@@ -211,8 +211,8 @@ class ParallelConfig:
 class DomainConfig:
     """One data set of the blend."""
 
-    path: str
-    """Prefix of the training .bin/.idx pair."""
+    path: str = ""
+    """Prefix of the training .bin/.idx pair; empty: the pair of this name in data_dir."""
     weight: float = 1.0
     """Share in the blend (normalised over domains); 0 pauses the domain."""
     valid_path: str | None = None

@@ -6,28 +6,14 @@ from pathlib import Path
 
 from megatron_ext.checkpoint.layout import read_construction
 from megatron_ext.checkpoint.reader import CheckpointWeights
-from megatron_ext.checkpoint.tensors import Weights, tensor_shapes
-from megatron_ext.config import ModelConfig
+from megatron_ext.checkpoint.tensors import Weights, count_parameters
 from megatron_ext.recipe import to_dict
-
-
-def parameters(model: ModelConfig) -> tuple[int, int]:
-    """(total, activated per token) parameters."""
-    total = active = 0
-    for key, shape in tensor_shapes(model).items():
-        size = 1
-        for extent in shape:
-            size *= extent
-        total += size
-        experts = ".experts." in key and model.num_experts
-        active += size * model.moe_router_topk // experts if experts else size
-    return total, active
 
 
 def report(path: Path, weights: Weights) -> str:
     """The model, its size, and how its experts were made."""
     model = weights.model
-    total, active = parameters(model)
+    total, active = count_parameters(model)
     lines = [
         f"{path}",
         f"  {'mixture of experts' if model.is_moe else 'dense'}, stored as {weights.dtype}".replace(

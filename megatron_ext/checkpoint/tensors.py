@@ -118,3 +118,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
         f"tensor {name} holds {bad} values that are NaN or infinite",
         "the file is damaged or the model diverged; use another checkpoint",
     )
+
+
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """(total, activated per token) parameters of a model, from the shapes of its tensors."""
+    total = active = 0
+    for key, shape in tensor_shapes(model).items():
+        size = 1
+        for extent in shape:
+            size *= extent
+        total += size
+        experts = ".experts." in key and model.num_experts
+        active += size * model.moe_router_topk // experts if experts else size
+    return total, active

@@ -1,4 +1,6 @@
-"""From a RunConfig to a megatron-core model: the only file that names megatron-core's layer specs."""
+"""From a RunConfig to a megatron-core model: the only file that names megatron-core's layer
+specs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ext.config import ModelConfig, RunConfig
+from megatron_ext.config import RunConfig
 from megatron_ext.model.attention import SdpaAttention
 from megatron_ext.model.experts import LocalExperts, mark_expert_parameter
 from megatron_ext.model.head import LlamaMoeModel
@@ -238,24 +240,3 @@ def build_model(
 def routers(model: Any) -> list[LlamaMoeRouter]:
     """The routers of this rank's part of the model, in layer order."""
     return [module for module in model.modules() if isinstance(module, LlamaMoeRouter)]
-
-
-def count_parameters(model: ModelConfig) -> tuple[int, int]:
-    """(total, activated per token) parameters of the whole model."""
-    h, d = model.hidden_size, model.head_dim
-    attention = 2 * h * model.num_attention_heads * d + 2 * h * model.kv_heads * d
-    embeddings = model.vocab_size * h * (2 if model.untie_embeddings_and_output_weights else 1)
-    norms = (2 * model.num_layers + 1) * h
-    shared = embeddings + norms + model.num_layers * attention
-    dense_layers = model.num_layers - len(model.moe_layers)
-    shared += dense_layers * 3 * h * model.ffn_hidden_size
-    if not model.is_moe:
-        return shared, shared
-    assert model.num_experts is not None
-    expert = 3 * h * model.expert_width
-    gate = model.num_experts * h + (model.num_experts**2 if model.moe_gate == "mlp" else 0)
-    residual = 3 * h * (model.moe_shared_expert_intermediate_size or 0)
-    layers = len(model.moe_layers)
-    total = shared + layers * (gate + residual + model.num_experts * expert)
-    active = shared + layers * (gate + residual + model.moe_router_topk * expert)
-    return total, active

@@ -1,9 +1,10 @@
-"""Output layer and cross-entropy as one step, for CPUs: logits live in one buffer that is used again.
+"""Output layer and cross-entropy as one step, for CPUs: logits live in one buffer that is used
+again.
 
-With a vocabulary of 49152 a micro-batch's logits and their gradients are the largest tensors of a step;
-megatron-core makes several of them, each of fresh pages. Here a chunk of tokens is taken from hidden
-states to the gradient of its logits while they are in memory, and both gradients are made from it at
-once.
+With a vocabulary of 49152 a micro-batch's logits and their gradients are the largest tensors of a
+step; megatron-core makes several of them, each of fresh pages. Here a chunk of tokens is taken from
+hidden states to the gradient of its logits while they are in memory, and both gradients are made
+from it at once.
 
 Shapes: T tokens of a micro-batch, h hidden, V vocabulary.
 """
@@ -17,7 +18,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25
-"""Logits in the buffer (128 MiB in fp32): the weight gradient is read and written once per chunk."""
+"""Logits in the buffer (128 MiB in fp32): the weight gradient is read and written once per
+chunk.
+"""
 
 BLOCK_ELEMENTS = 2**19
 """Logits that the softmax works on at a time, so that its passes stay in the cache."""
@@ -76,7 +79,8 @@ def _losses_and_gradients(logits: Tensor, labels: Tensor, mask: Tensor, losses: 
 
 
 class LlamaMoeModel(GPTModel):
-    """GPTModel whose loss on CPU comes from `LinearCrossEntropy`, where one rank has the vocabulary.
+    """GPTModel whose loss on CPU comes from `LinearCrossEntropy`, where one rank has the
+    vocabulary.
 
     `loss_mask` must be given with the labels, and the loss be summed over its tokens.
     """
@@ -87,12 +91,10 @@ class LlamaMoeModel(GPTModel):
         labels, mask = values.get("labels"), values.get("loss_mask")
         fused = (
             self.post_process
-            and labels is not None
-            and mask is not None
             and hidden_states.device.type == "cpu"
             and self.config.tensor_model_parallel_size == 1
         )
-        if not fused:
+        if not fused or labels is None or mask is None:
             return super()._postprocess(hidden_states=hidden_states, **values)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight

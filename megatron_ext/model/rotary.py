@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Rotate(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head (LLaMA's layout)."""
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head (LLaMA's
+    layout).
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

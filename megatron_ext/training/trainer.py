@@ -14,11 +14,12 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.checkpoint import layout, run_state
+from megatron_ext.checkpoint.tensors import count_parameters
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import validation_batches
 from megatron_ext.errors import UserError
 from megatron_ext.mixing.ledger import LoadLedger
-from megatron_ext.model.builder import count_parameters, routers
+from megatron_ext.model.builder import routers
 from megatron_ext.training.data import TrainingData
 from megatron_ext.training.flops import flops_per_token, peak_tflops
 from megatron_ext.training.grid import Grid

@@ -7,10 +7,16 @@ import torch
 
 from megatron_ext.checkpoint import layout, verify
 from megatron_ext.checkpoint.reader import CheckpointWeights
-from megatron_ext.checkpoint.tensors import FC1, layer_key, merge_qkv, split_qkv, tensor_shapes
+from megatron_ext.checkpoint.tensors import (
+    FC1,
+    count_parameters,
+    layer_key,
+    merge_qkv,
+    split_qkv,
+    tensor_shapes,
+)
 from megatron_ext.checkpoint.writer import write_weights
 from megatron_ext.errors import UserError
-from megatron_ext.model.builder import count_parameters
 from tests.checkpoint.tiny import RandomWeights, save_checkpoint, small_model
 
 EVERYTHING = small_model(

@@ -235,7 +235,7 @@ def test_inspect_tells_sizes_and_origin(tmp_path: Path, capsys: pytest.CaptureFi
     convert("inspect", "--source", tmp_path / "moe")
     out = capsys.readouterr().out
     model = layout.read_model_config(tmp_path / "moe")
-    from megatron_ext.model.builder import count_parameters
+    from megatron_ext.checkpoint.tensors import count_parameters
 
     total, active = count_parameters(model)
     assert f"{total:,} total, {active:,} active" in out

@@ -1,4 +1,4 @@
-"""The CPU shortcuts compute what they stand for: torch's own functions in float64 are the oracle."""
+"""The CPU kernels compute what they stand for: torch in float64 is the oracle."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def main() -> None:
             output = model.generate(
                 **inputs, max_new_tokens=options.max_new_tokens, do_sample=False
             )[0]
-            text = tokenizer.decode(output, skip_special_tokens=True)
+            text = str(tokenizer.decode(output, skip_special_tokens=True))
             texts[prompt] = text[len(prompt) :]
             print(f"  {text}", file=sys.stderr)
         if options.data:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
         recipe: of the training; the other stages measure with its sample length and number.
         domains: names of the text files that become domains.
     """
-    data = read_yaml(recipe).get("data", {})
-    length, samples = str(data["seq_length"]), str(data["eval_samples"])
+    settings = read_yaml(recipe)
+    length, samples = (str(settings["data"][name]) for name in ("seq_length", "eval_samples"))
+    last = f"iter_{settings['training']['train_iters']:07d}"
     run = python()
 
     def script(*path: str) -> tuple[str, str]:
@@ -71,8 +73,8 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
 
     def evaluate(model: Path, output: Path) -> tuple[str, ...]:
         tool = (*script("tools", "evaluate.py"), "--load", str(model))
-        settings = ("--data-dir", str(tokens), "--seq-length", length, "--eval-samples", samples)
-        return (*tool, *settings, "--micro-batch-size", "4", ">", str(output))
+        data = ("--data-dir", str(tokens), "--seq-length", length, "--eval-samples", samples)
+        return (*tool, *data, "--micro-batch-size", "4", ">", str(output))
 
     smollm2, text, tokens = work / "smollm2", work / "text", work / "tokens"
     dense, moe, trained, exported = work / "dense", work / "moe", work / "run", work / "moe-hf"
@@ -144,7 +146,7 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
                     *("--load", str(moe), "--data-dir", str(tokens), "--save", str(trained)),
                 ),
             ),
-            (trained,),
+            (trained / last, trained),
             (recipe,),
             ranks,
         ),
@@ -241,7 +243,11 @@ def main() -> int:
         raise UserError(f"recipe {options.recipe} does not exist")
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    done = run_stages(plan(work, options.recipe, list(DOMAINS)), work)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        done = run_stages(plan(work, options.recipe, list(DOMAINS)), work)
+    except KeyboardInterrupt:
+        raise UserError("stopped", "the same command goes on from here") from None
     missed = conclude(work, done)
     print(f"\nWhere things are ({time.monotonic() - start:.0f} s in this run):\n{places(work)}")
     for complaint in missed:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import shlex
 import shutil
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -115,6 +118,12 @@ def _run(stage: Stage, root: Path) -> Done:
                     f"'{stage.title}' failed (exit code {code}; its message is above)",
                     "mend what it names and start again: finished stages are kept",
                 )
+    missing = [str(path) for path in stage.outputs if not path.exists()]
+    if missing:  # a training that was told to stop ends well, but early
+        raise UserError(
+            f"'{stage.title}' ended without {', '.join(missing)}",
+            "start again: it goes on from what it saved",
+        )
     done = Done(stage.name, time.monotonic() - start, memory.peak)
     note |= {"seconds": done.seconds, "peak_bytes": done.peak_bytes}
     _write_note(_note_path(root, stage), note)
@@ -123,15 +132,67 @@ def _run(stage: Stage, root: Path) -> Done:
 
 def _call(command: tuple[str, ...], environment: dict[str, str]) -> int:
     if len(command) < 2 or command[-2] != ">":
-        return subprocess.run(command, env=environment).returncode
+        return _watch(command, environment, None)
     target = Path(command[-1])
     partial = target.with_name(target.name + ".partial")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w") as file:
-        code = subprocess.run(command[:-2], env=environment, stdout=file).returncode
+    with open(partial, "wb") as file:
+        code = _watch(command[:-2], environment, file)
     if not code:
         os.replace(partial, target)
     return code
+
+
+def _watch(command: Sequence[str], environment: dict[str, str], output: IO[bytes] | None) -> int:
+    """Run a command and pass on what it shows, with a dot for every 5 seconds that it says nothing.
+
+    On a terminal the command gets a terminal, so that it shows its progress bars. If we are
+    stopped, the command is asked to end and may still save what it has.
+    """
+    reader, writer = _terminal() if sys.stdout.isatty() else os.pipe()
+    environment = {**environment, "PYTHONUNBUFFERED": "1"}  # lines when they are said
+    process = subprocess.Popen(command, env=environment, stdout=output or writer, stderr=writer)
+    os.close(writer)
+    try:
+        _pass_on(reader)
+    except BaseException:
+        process.terminate()
+        _pass_on(reader)
+        raise
+    finally:
+        process.wait()
+        os.close(reader)
+    return process.returncode
+
+
+def _pass_on(reader: int, every: float = 5.0) -> None:
+    """Show what comes until the other end is closed; a dot for every silent `every` seconds."""
+    at_line_start = waiting = False
+    while True:
+        if not select.select([reader], [], [], every)[0]:
+            _show(b".")
+            waiting = True
+            continue
+        try:
+            data = os.read(reader, 1 << 16)
+        except OSError:  # how Linux says that the other end of a terminal is closed
+            return
+        if not data:
+            return
+        _show(b"\n" + data if waiting and at_line_start else data)
+        at_line_start, waiting = data.endswith(b"\n"), False
+
+
+def _terminal() -> tuple[int, int]:
+    """Both ends of a terminal as wide as ours."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
+    return reader, writer
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
 
 
 class PeakMemory:

@@ -204,12 +204,13 @@ def _returning(value: Any) -> Any:
 
 
 def _on_cpu(factory: Any) -> Any:
-    """`factory`, with a CUDA `device=` read as CPU."""
+    """`factory`, with a CUDA `device=` read as CPU; pinned memory is for copies to a GPU."""
 
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu
@@ -225,6 +226,11 @@ def _map_cuda_to_cpu() -> None:
         return
     _mapped = True
     cpu = torch.device("cpu")
+    # torch lists its factories when the first is called in `with torch.device(...)`. A list made
+    # after they are wrapped here would not hold them: transformers' models, which are built like
+    # that, would have uninitialised buffers.
+    with cpu:
+        torch.empty(0)
     # megatron-core compiles its element-wise fusions when it is imported: on CPU that costs a C++
     # compiler and minutes, for functions that are not on our path.
     torch.compile = _no_compile  # type: ignore[assignment]

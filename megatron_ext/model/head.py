@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -34,10 +35,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, buffer: Tensor
     ) -> Tensor:
         """hidden [T, h], weight [V, h], labels [T], mask [T], buffer [rows, V] -> [T]."""
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        trains_weight = ctx.needs_input_grad[1]
+        needs_gradient = ctx.needs_input_grad[0] or trains_weight
         losses = hidden.new_empty(hidden.shape[0])
         if needs_gradient:
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if trains_weight else None
         for start in range(0, hidden.shape[0], buffer.shape[0]):
             end = min(start + buffer.shape[0], hidden.shape[0])
             logits = buffer[: end - start]
@@ -45,6 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             _losses_and_gradients(logits, labels[start:end], mask[start:end], losses[start:end])
             if needs_gradient:
                 torch.mm(logits, weight, out=grad_hidden[start:end])
+            if grad_weight is not None:
                 grad_weight.addmm_(logits.t(), hidden[start:end])
         if needs_gradient:
             ctx.save_for_backward(weight, mask, grad_hidden, grad_weight)
@@ -58,6 +62,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = trained[0] if trained.numel() else mask.new_zeros(())
         if not torch.equal(trained, scale.expand_as(trained)):
             raise RuntimeError("the trained tokens of a micro-batch have unequal weights")
+        if grad_weight is None:
+            return grad_hidden * scale, None, None, None, None
         if getattr(weight, "fuses_gradient", False):
             weight.main_grad.add_(grad_weight, alpha=float(scale))
             return grad_hidden * scale, None, None, None, None
@@ -86,6 +92,13 @@ class LlamaMoeModel(GPTModel):
     """
 
     _logits_buffer: Tensor | None = None
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **values: Any) -> Any:
+        """megatron-core cuts the padding mask for sequence parallelism on the first stage only."""
+        if padding_mask is not None and not self.pre_process and self.config.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            padding_mask = padding_mask.chunk(group.size(), 1)[group.rank()]
+        return super()._preprocess(*args, padding_mask=padding_mask, **values)
 
     def _postprocess(self, hidden_states: Tensor, **values: Any) -> Tensor:
         labels, mask = values.get("labels"), values.get("loss_mask")

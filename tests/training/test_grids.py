@@ -9,9 +9,10 @@ import pytest
 from ranks import run_ranks
 from training.runs import losses, make_run, train_and_save, write_data
 
-TP, PP, EP, ETP = (
+TP, PP, CP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
@@ -28,6 +29,10 @@ GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xEP2": (2, {TP: 2, EP: 2}),
     "TP2xEP2 all-gather": (2, {TP: 2, EP: 2, "moe_token_dispatcher_type": "allgather"}),
     "TP2xEP2xPP2": (8, {TP: 2, EP: 2, PP: 2}),
+    "CP2": (2, {CP: 2}),
+    "CP2xTP2": (4, {CP: 2, TP: 2}),
+    "CP2xEP2": (2, {CP: 2, EP: 2}),
+    "CP2xPP2": (4, {CP: 2, PP: 2}),
 }
 
 # fp32 sums in another order, over 20 steps; a routing decision that flips on a rounding error would
@@ -79,28 +84,29 @@ def test_losses_equal_one_process(
     assert results[0] == pytest.approx(reference, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("grid", [{TP: 2, PP: 2}, {TP: 2, CP: 2}], ids=["TP2xPP2", "TP2xCP2"])
 @pytest.mark.parametrize("loss", ["seq_aux_loss", "global_aux_loss"])
-def test_other_balance_losses_on_a_grid(loss: str, root: Path) -> None:
-    """TP2xPP2; the global loss averages over micro-batches seen so far, so data parallelism may
-    change it.
+def test_other_balance_losses_on_a_grid(loss: str, grid: dict[str, Any], root: Path) -> None:
+    """The global loss averages over micro-batches seen so far, so data parallelism may change
+    it.
     """
     router = {"moe_balance_loss": loss, "moe_aux_loss_coeff": 0.1}
-    directory = root / loss
+    directory = root / f"{loss} {'x'.join(grid)}"
     run_ranks(1, train_and_save, make_run(root, router=router, save=str(directory)), 1)
     training = {"micro_batch_size": 2}
     [reference] = run_ranks(
         1, losses, make_run(root, router=router, training=training, load=str(directory)), 5
     )
-    parallel = {TP: 2, PP: 2}
-    run = make_run(root, parallel, router=router, training=training, load=str(directory))
+    run = make_run(root, grid, router=router, training=training, load=str(directory))
     assert run_ranks(4, losses, run, 5)[0] == pytest.approx(reference, rel=TOLERANCE)
 
 
-def test_recomputation_changes_nothing(root: Path) -> None:
+@pytest.mark.parametrize("grid", [{PP: 2}, {CP: 2}], ids=["PP2", "CP2"])
+def test_recomputation_changes_nothing(grid: dict[str, Any], root: Path) -> None:
     """Gate noise is drawn again in the backward pass, and loads are counted once."""
     router = {"moe_gate_noise": True}
-    plain = make_run(root, {PP: 2}, router=router)
-    recomputed = make_run(root, {PP: 2}, router=router, training={"recompute_granularity": "full"})
+    plain = make_run(root, grid, router=router)
+    recomputed = make_run(root, grid, router=router, training={"recompute_granularity": "full"})
     assert run_ranks(2, losses_and_loads, plain, 4)[0] == pytest.approx(
         run_ranks(2, losses_and_loads, recomputed, 4)[0], rel=1e-6
     )

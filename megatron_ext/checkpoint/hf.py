@@ -27,6 +27,7 @@ from megatron_ext.checkpoint.tensors import (
     layer_key,
     merge_qkv,
     split_qkv,
+    tensor_shapes,
 )
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
@@ -103,12 +104,13 @@ class HfWeights:
         """Check that the source holds exactly the tensors of its configuration.
 
         Raises:
-            UserError: another architecture, missing or unknown tensors.
+            UserError: another architecture; missing, unknown or misshapen tensors.
         """
         self.source = source
         self.model = model_from_hf(source.config)
         self.dtype = source.dtype
         self._rules = dense_rules(self.model)
+        self._next = dict(zip(self._rules, list(self._rules.values())[1:], strict=False))
         needed = {name for rule in self._rules.values() for name in rule.names}
         # Buffers of old files, and the copy of tied embeddings that some tools store.
         ignored = {name for name in source.names if name.endswith("rotary_emb.inv_freq")}
@@ -119,14 +121,33 @@ class HfWeights:
             raise UserError(f"the source lacks {_some(missing)}", "are all its files there?")
         if unknown:
             raise UserError(f"the source holds {_some(unknown)}, which a LLaMA has not")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        for key, shape in tensor_shapes(self.model).items():
+            rule = self._rules[key]
+            parts = rule.split(torch.empty(shape, device="meta"), self.model)
+            for name, part in zip(rule.names, parts, strict=True):
+                if self.source.shape(name) != tuple(part.shape):
+                    raise UserError(
+                        f"{name} has shape {list(self.source.shape(name))}, "
+                        f"config.json makes it {list(part.shape)}",
+                        "are config.json and the weights of the same model?",
+                    )
 
     def tensor(self, key: str) -> Tensor:
-        rule = self._rules[key]
-        return rule.merge(tuple(self.source.tensor(name) for name in rule.names), self.model)
+        return self._rules[key].merge(self._parts(key), self.model)
 
     def gate_up(self, layer: int) -> tuple[Tensor, Tensor]:
-        gate, up = (self.source.tensor(name) for name in self._rules[layer_key(layer, FC1)].names)
+        gate, up = self._parts(layer_key(layer, FC1))
         return gate, up
+
+    def _parts(self, key: str) -> tuple[Tensor, ...]:
+        parts = tuple(self.source.tensor(name) for name in self._rules[key].names)
+        # The disk reads the next tensor while this one is cut and written.
+        for name in self._next[key].names if key in self._next else ():
+            self.source.prefetch(name)
+        return parts
 
 
 def _some(names: set[str]) -> str:

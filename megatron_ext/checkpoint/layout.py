@@ -2,6 +2,7 @@
 
     DIR/model.yaml                          the ModelConfig
     DIR/latest_checkpointed_iteration.txt   number of the newest complete iteration
+    DIR/best.json                           iteration of the lowest held-out loss, where kept
     DIR/iter_0000000/                       weights, as megatron-core's torch_dist
     DIR/construction.json                   how the experts were made (not in a dense import)
     DIR/tokenizer/                          tokenizer and generation settings, for export
@@ -12,6 +13,8 @@ Imports nothing heavy: the command line reads model.yaml before it knows what to
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -27,6 +30,7 @@ from megatron_ext.recipe import from_dict, to_dict
 
 MODEL_FILE = "model.yaml"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+BEST_FILE = "best.json"
 CONSTRUCTION_FILE = "construction.json"
 TOKENIZER_DIR = "tokenizer"
 GENERATION_FILE = "generation_config.json"
@@ -42,6 +46,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     GENERATION_FILE,
 )
+JOB_FILE = "conversion.json"  # in a directory that is being filled
+INPUT_SUFFIXES = {".safetensors", ".json", ".gguf", ".distcp", ".yaml", ".jsonl", ".npy", ".pt"}
 PathLike = str | os.PathLike[str]
 
 
@@ -99,6 +105,20 @@ def latest_iteration(path: PathLike) -> int | None:
 def write_latest(path: PathLike, iteration: int) -> None:
     """Declare an iteration complete."""
     write_text(Path(path) / LATEST_FILE, f"{iteration}\n")
+
+
+def read_best(path: PathLike) -> tuple[int, float] | None:
+    """Iteration with the lowest held-out loss, and that loss; None where no run kept one."""
+    try:
+        best = json.loads((Path(path) / BEST_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return best["iteration"], best["loss"]
+
+
+def write_best(path: PathLike, iteration: int, loss: float) -> None:
+    """Say which iteration is the best; its checkpoint is not removed."""
+    write_text(Path(path) / BEST_FILE, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def read_construction(path: PathLike) -> dict[str, Any] | None:
@@ -160,24 +180,111 @@ def check_output(output: PathLike, force: bool) -> None:
         )
 
 
+def describe_job(options: Any) -> dict[str, Any]:
+    """What a conversion is to make, so that only the same one goes on with its files.
+
+    Args:
+        options: a command's dataclass. Every path in it but `output` is an input, known by the
+            sizes and times of its files.
+
+    Returns:
+        JSON values.
+    """
+    values = dataclasses.asdict(options)
+    for name in ("output", "force", "skip_verify"):  # they do not change what is written
+        values.pop(name, None)
+    job: dict[str, Any] = {"command": type(options).__name__}
+    for name, value in _leaves(values):
+        job[name] = os.path.abspath(value) if isinstance(value, Path) else value
+        if isinstance(value, Path) and value.exists():
+            files = sorted(value.rglob("*")) if value.is_dir() else [value]
+            job[f"files of {name}"] = {
+                str(file.relative_to(value)): [file.stat().st_size, file.stat().st_mtime_ns]
+                for file in files
+                if file.is_file() and (file.suffix in INPUT_SUFFIXES or file == value)
+            }
+    plain: dict[str, Any] = json.loads(json.dumps(job, default=str))
+    return plain
+
+
+def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict | list | tuple) and values:
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in pairs:
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values
+
+
 @contextlib.contextmanager
-def staged_directory(output: PathLike, force: bool = False) -> Iterator[Path]:
+def staged_directory(
+    output: PathLike, force: bool = False, job: dict[str, Any] | None = None
+) -> Iterator[Path]:
     """A directory to fill; it takes the name `output` when the block ends without an error.
 
+    Args:
+        output: the name.
+        force: replace a model of that name, and what another job left unfinished.
+        job: `describe_job`'s. What a killed process, an interrupt or a full disk left of it is
+            still in the directory when the same job comes again. None: the block starts empty.
+
     Raises:
-        UserError: see `check_output`.
+        UserError: see `check_output`; another process fills the directory; another job was
+            killed while it did.
     """
     output = Path(os.path.abspath(output))
     check_output(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
+    partial = output.with_name(f".{output.name}.partial")
+    replaced = output.with_name(f".{output.name}.replaced")
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        _take_over(partial, job, force)
+        try:
+            yield partial
+        except BaseException as error:
+            mendable = isinstance(error, OSError) or not isinstance(error, Exception)
+            if job is None or not mendable:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / JOB_FILE).unlink(missing_ok=True)
         if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(output, replaced)
         os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing to {folder}", "wait for it, or name another output"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take_over(partial: Path, job: dict[str, Any] | None, force: bool) -> None:
+    """Keep what the same job left in its directory; empty it otherwise."""
+    file = partial / JOB_FILE
+    if file.is_file():
+        left = json.loads(file.read_text())
+        if left == job:
+            print(f"going on with the unfinished files in {partial}")
+            return
+        if not force:
+            wanted = job or {}
+            names = sorted(k for k in left.keys() | wanted if left.get(k) != wanted.get(k))
+            raise UserError(
+                f"{partial} holds an unfinished conversion that differs in {', '.join(names)}",
+                "give the same options to finish it; add --force or remove it to start anew",
+            )
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if job is not None:
+        write_text(file, json.dumps(job, indent=2) + "\n")

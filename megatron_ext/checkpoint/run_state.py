@@ -147,7 +147,11 @@ def _prune(root: Path, keep_latest: int) -> None:
     if keep_latest < 1:
         return
     found = sorted(path for path in root.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name))
+    best = layout.read_best(root)
+    kept = None if best is None else layout.iteration_dir(root, best[0])
     for old in found[:-keep_latest]:
+        if old == kept:
+            continue
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +32,13 @@ GGUF_LAYER_NAMES = {
     "ffn_down.weight": "mlp.down_proj.weight",
 }
 
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
 
 class Source(Protocol):
     """Weights under their Hugging Face names."""
@@ -39,28 +48,49 @@ class Source(Protocol):
     dtype: torch.dtype
     names: set[str]
 
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
     def tensor(self, name: str) -> Tensor: ...
+
+    def prefetch(self, name: str) -> None:
+        """Tell the system that this tensor is read soon."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class SafetensorsSource:
-    """A Hugging Face directory with safetensors files, mapped into memory tensor by tensor."""
+    """A Hugging Face directory with safetensors files, read tensor by tensor.
+
+    Read, not mapped: a page fault costs more than copying the page, and mapped pages would count
+    as this process's memory.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the directory and check every file's header.
+        """Open the directory and check every file's header against the file's size.
 
         Raises:
-            UserError: no config.json, no safetensors, a missing or truncated file, a wrong index.
+            UserError: no config.json, no safetensors, a missing or truncated file, a wrong index,
+                a type of numbers that is not floating point.
         """
         self.path = Path(path)
         self.config = read_hf_config(self.path)
-        self._file_of: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             for file in sorted(set(weight_map.values())):
                 self._open(self.path / file)
             for name, file in weight_map.items():
-                if self._file_of.get(name) != self.path / file:
+                if name not in self._places or self._places[name].file != self.path / file:
                     raise UserError(
                         f"{self.path / file} lacks {name}, which {index.name} places there"
                     )
@@ -71,9 +101,9 @@ class SafetensorsSource:
                 f"{path} holds neither model.safetensors nor model.safetensors.index.json",
                 "save the model as safetensors (transformers' save_pretrained does)",
             )
-        self.names = set(self._file_of)
+        self.names = set(self._places)
         some = "model.embed_tokens.weight"
-        self.dtype = self.tensor(some if some in self.names else min(self.names)).dtype
+        self.dtype = self._places[some if some in self.names else min(self.names)].dtype
 
     def _open(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -81,26 +111,57 @@ class SafetensorsSource:
         if not file.is_file():
             raise UserError(f"weight file {file} is missing", "download the model again")
         try:
-            with safe_open(file, "pt") as opened:
-                names = opened.keys()
+            with safe_open(
+                file, "pt"
+            ):  # checks the header, and that the file is as long as it says
+                pass
         except SafetensorError as error:
             raise UserError(
                 f"weight file {file} is truncated or damaged ({error})", "download it again"
             ) from None
-        for name in names:
-            if name in self._file_of:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in self._places:
+                other = self._places[name].file
+                raise UserError(f"tensor {name} is in {other.name} and in {file.name}")
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise UserError(
-                    f"tensor {name} is in {self._file_of[name].name} and in {file.name}"
+                    f"{file}: {name} holds numbers of type {entry['dtype']}",
+                    f"use a model that is not quantized: {', '.join(SAFETENSORS_DTYPES)}",
                 )
-            self._file_of[name] = file
+            start, end = entry["data_offsets"]
+            self._places[name] = _Place(
+                file,
+                8 + size + start,
+                end - start,
+                SAFETENSORS_DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
 
     def tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
+        place = self._places[name]
+        data = np.empty(place.nbytes, np.uint8)  # numpy asks for huge pages, torch does not
+        left = data.data
+        with place.file.open("rb", buffering=0) as stream:
+            stream.seek(place.offset)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise UserError(f"weight file {place.file} became shorter", "download it again")
+                left = left[count:]
+        return torch.from_numpy(data).view(place.dtype).view(place.shape)
 
-        # Opened for each tensor, so that pages read before do not stay in this process's memory.
-        with safe_open(self._file_of[name], "pt") as opened:
-            found: Tensor = opened.get_tensor(name)
-        return found
+    def prefetch(self, name: str) -> None:
+        place = self._places[name]
+        with place.file.open("rb", buffering=0) as stream:
+            advice = os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(stream.fileno(), place.offset, place.nbytes, advice)
 
 
 class GgufSource:
@@ -147,6 +208,9 @@ class GgufSource:
         self._hf_names = {hf_name(name): name for name in self._tensors}
         self.names = set(self._hf_names)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(extent) for extent in reversed(self._tensors[self._hf_names[name]].shape))
+
     def tensor(self, name: str) -> Tensor:
         from gguf import dequantize
 
@@ -158,6 +222,9 @@ class GgufSource:
         if name.endswith("k_proj.weight"):
             return _unpermute(weight, self.config["num_key_value_heads"])
         return weight
+
+    def prefetch(self, name: str) -> None:
+        """Nothing: taking the numbers apart is slower than any disk."""
 
 
 def hf_name(gguf_name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,9 @@ SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
 SHARED_FC2 = "mlp.shared_experts.linear_fc2.weight"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK = 1 << 17
+_UNSIGNED = {2: torch.uint16, 4: torch.uint32}
+_EXPONENTS = {torch.float16: 0xF800, torch.bfloat16: 0xFF00, torch.float32: 0xFF000000}
 
 
 class Weights(Protocol):
@@ -109,15 +113,29 @@ def split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise a UserError where a tensor holds NaN or infinity."""
-    if all(
-        bound.isfinite() for bound in torch.aminmax(tensor)
-    ):  # NaN propagates; one pass, no mask
+    if is_finite(tensor):
         return
     bad = int((~tensor.isfinite()).sum())
     raise UserError(
         f"tensor {name} holds {bad} values that are NaN or infinite",
         "the file is damaged or the model diverged; use another checkpoint",
     )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass over memory."""
+    exponent = _EXPONENTS.get(tensor.dtype)
+    if exponent is None or not tensor.is_contiguous():
+        return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))  # NaN propagates
+    # NaN and infinity have all bits of the exponent set. Shifting the sign out leaves them above
+    # all other numbers. Blocks stay in the cache.
+    bits = tensor.reshape(-1).view(_UNSIGNED[tensor.itemsize]).numpy()
+    block = np.empty(min(len(bits), _BLOCK), bits.dtype)
+    for start in range(0, len(bits), _BLOCK):
+        part = bits[start : start + _BLOCK]
+        if np.left_shift(part, 1, out=block[: len(part)]).max() >= exponent:
+            return False
+    return True
 
 
 def count_parameters(model: ModelConfig) -> tuple[int, int]:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 from tqdm import tqdm
 
-from megatron_ext.checkpoint.layout import write_text
-from megatron_ext.checkpoint.tensors import Weights, check_finite, tensor_shapes
+from megatron_ext.checkpoint.journal import Journal
+from megatron_ext.checkpoint.layout import CONSTRUCTION_FILE, MODEL_FILE, write_text
+from megatron_ext.checkpoint.tensors import Weights, check_finite, is_finite, tensor_shapes
 from megatron_ext.errors import UserError
 
 # metadata.json: what megatron-core takes for the mark of a complete distributed checkpoint.
@@ -39,14 +53,77 @@ class _LazyPlanner(DefaultSavePlanner):
         return self._produce(index.fqn)
 
 
+class _Storage(FileSystemWriter):
+    """One file a tensor, in order; those that a killed process finished are not written again."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        super().__init__(folder)
+        self._folder, self._journal = folder, journal
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        paths = [self._folder / file_name(place) for place in range(len(plan.items))]
+        # One tensor is written and brought to the disk while the next is read and cut.
+        with ThreadPoolExecutor(max_workers=1) as background, _without_checksums():
+            writing: Future[None] | None = None
+            for path, item in zip(paths, plan.items, strict=True):
+                if path.name not in self._journal.finished:
+                    tensor = planner.resolve_data(item)
+                    assert isinstance(tensor, Tensor)
+                    if writing is not None:
+                        writing.result()
+                    writing = background.submit(self._write, path, tensor)
+            if writing is not None:
+                writing.result()
+        infos = [_StorageInfo(path.name, 0, path.stat().st_size) for path in paths]
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(
+            [
+                WriteResult(item.index, info.length, info)
+                for item, info in zip(plan.items, infos, strict=True)
+            ]
+        )
+        return done
+
+    def _write(self, path: Path, tensor: Tensor) -> None:
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save would write all of what this is a part of
+        with path.open("wb") as stream:
+            torch.save(tensor, stream)
+        self._journal.add(path)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # neither this machine's path nor a random number: same bytes always
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.load never looks at them, and they cost more than reading and writing together."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def file_name(place: int) -> str:
+    """Of the tensor at a place in the order of `tensor_shapes`."""
+    return f"__0_{place}.distcp"
+
+
 def write_weights(
     folder: Path, weights: Weights, dtype: torch.dtype | None = None, title: str = "writing"
 ) -> int:
     """Write all weights of a model for megatron-core's dist_checkpointing.load on any grid.
 
+    Tensors that a killed call wrote into the same folder, beside the same model.yaml and
+    construction.json, are kept.
+
     Args:
-        folder: an iteration's directory; created.
-        weights: asked for every tensor of its model, in order, once.
+        folder: an iteration's directory; created where it is missing.
+        weights: asked for every tensor of its model that is not written yet, in order, once.
         dtype: type to store; none: the source's.
         title: text of the progress bar.
 
@@ -54,7 +131,8 @@ def write_weights(
         Bytes of tensor data.
 
     Raises:
-        UserError: a tensor has the wrong shape, holds NaN, or was not written exactly once.
+        UserError: a tensor has the wrong shape, or holds NaN or what `dtype` cannot hold; the disk
+            is too small.
     """
     dtype = dtype or weights.dtype
     shapes = tensor_shapes(weights.model)
@@ -62,12 +140,19 @@ def write_weights(
         key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()
     }
     total = sum(tensor.nbytes for tensor in plan.values())
-    written: set[str] = set()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder, _identity(folder.parent, dtype))
+    kept = {key for place, key in enumerate(plan) if file_name(place) in journal.finished}
+    done = sum(plan[key].nbytes for key in kept)
+    free = shutil.disk_usage(folder).free
+    if free < total - done:
+        raise UserError(
+            f"{folder} needs {(total - done) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left",
+            "free space, or name another output",
+        )
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=title) as bar:
 
         def produce(key: str) -> Tensor:
-            if key in written:
-                raise UserError(f"tensor {key} would be written twice")
             tensor = weights.tensor(key)
             if tensor.shape != shapes[key]:
                 raise UserError(
@@ -75,36 +160,53 @@ def write_weights(
                     f"the model needs {list(shapes[key])}"
                 )
             check_finite(key, tensor)
-            written.add(key)
-            bar.update(plan[key].nbytes)
-            return tensor.to(dtype).contiguous()
+            stored = tensor.detach().to(dtype).contiguous()
+            if tensor.dtype != dtype and not is_finite(stored):
+                raise UserError(
+                    f"tensor {key} holds numbers that are too large for {dtype}",
+                    "choose another --dtype",
+                )
+            bar.update(stored.nbytes)
+            return stored
 
-        folder.mkdir(parents=True)
-        # One file a tensor: torch's writer holds on to all tensors of a file until it is closed.
-        storage = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
         try:
-            dcp.save(plan, storage_writer=storage, planner=_LazyPlanner(produce), no_dist=True)
-        except CheckpointException as error:
-            for failure in error.failures.values():
-                if isinstance(failure[0], UserError):
-                    raise failure[0] from None
-            raise
-    missing = shapes.keys() - written
-    if missing:
-        raise UserError(f"tensors were not written: {', '.join(sorted(missing))}")
-    _check_files(folder)
+            dcp.save(
+                plan,
+                storage_writer=_Storage(folder, journal),
+                planner=_LazyPlanner(produce),
+                no_dist=True,
+            )
+        except CheckpointException as error:  # wraps everything, even an interrupt
+            raise next(iter(error.failures.values()))[0] from None
+        finally:
+            journal.close()
+    _check_files(folder, plan, journal.finished)
     torch.save({}, folder / "common.pt")  # what is not sharded: nothing
     write_text(folder / "metadata.json", json.dumps(FORMAT))
+    journal.remove()
     return total
 
 
-def _check_files(folder: Path) -> None:
-    """Every file is as long as the index says (a full disk is noticed here at the latest)."""
-    for index, info in FileSystemReader(folder).read_metadata().storage_data.items():
+def _identity(checkpoint: Path, dtype: torch.dtype) -> str:
+    """Names what the weights are by what describes them beside their folder."""
+    digest = hashlib.sha256(str(dtype).encode())
+    for name in (MODEL_FILE, CONSTRUCTION_FILE):
+        if (checkpoint / name).is_file():
+            digest.update((checkpoint / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _check_files(folder: Path, plan: dict[str, Tensor], sizes: dict[str, int]) -> None:
+    """Every tensor is in the index, and its file as long as it was when it reached the disk."""
+    index = FileSystemReader(folder).read_metadata().storage_data
+    missing = plan.keys() - {entry.fqn for entry in index}
+    if missing:
+        raise UserError(f"tensors were not written: {', '.join(sorted(missing))}")
+    for entry, info in index.items():
         size = (folder / info.relative_path).stat().st_size
-        if size < info.offset + info.length:
+        if size != sizes[info.relative_path] or size < plan[entry.fqn].nbytes:
             raise UserError(
-                f"{folder / info.relative_path} holds {size} bytes, {index.fqn} needs "
-                f"{info.offset + info.length}",
-                "is the disk full?",
+                f"{folder / info.relative_path} holds {size} bytes of {entry.fqn}, "
+                f"{sizes[info.relative_path]} were written",
+                "does another program change the output?",
             )

@@ -13,23 +13,9 @@ def main() -> int:
 
     run = parse_run(description=__doc__ or "")
 
-    from megatron_ext.training import grid as grids
+    from megatron_ext.training.run import train
 
-    grid = grids.initialize(run)
-
-    from megatron_ext.checkpoint.run_state import check_model
-    from megatron_ext.training.data import open_data
-    from megatron_ext.training.trainer import Trainer, write_recipe
-
-    source = run.checkpoint.load or run.checkpoint.save
-    if source:
-        check_model(source, run.model)
-    data = open_data(run, grid.data_rank, grid.data_size, read_tokens=grid.reads_tokens)
-    write_recipe(run, run.checkpoint.save, grid.is_main)
-    trainer = Trainer(run, grid, data)
-    trainer.load()
-    trainer.fit()
-    grids.close()
+    train(run)
     return 0
 
 

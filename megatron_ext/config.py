@@ -7,141 +7,23 @@ under a field is its `--help`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_ext.errors import UserError
+from megatron_ext.model_config import ModelConfig
 
-
-@dataclass
-class ModelConfig:
-    """Shape of the network: LLaMA, and LLaMA-MoE where `num_experts` is set."""
-
-    num_layers: int = 32
-    """Decoder layers L."""
-    hidden_size: int = 4096
-    """Width of the residual stream."""
-    ffn_hidden_size: int = 11008
-    """Width d_h of a dense FFN."""
-    num_attention_heads: int = 32
-    """Query heads."""
-    num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention); none: as many as query heads."""
-    kv_channels: int | None = None
-    """Width of a head; none: hidden_size / num_attention_heads."""
-    vocab_size: int = 32000
-    """Entries of the embedding."""
-    max_position_embeddings: int = 4096
-    """Longest sequence that the dense model was trained for."""
-    norm_epsilon: float = 1e-5
-    """Epsilon of RMSNorm."""
-    rotary_base: float = 10000.0
-    """RoPE theta."""
-    rope_scaling_factor: float | None = None
-    """Llama-3 RoPE scaling factor (low/high frequency factors 1 and 4, original length 8192); none:
-    no scaling.
-    """
-    untie_embeddings_and_output_weights: bool = True
-    """Whether the output layer has weights of its own."""
-    init_method_std: float = 0.02
-    """Standard deviation of freshly initialised weights."""
-
-    num_experts: int | None = None
-    """Experts E of a MoE layer; none: a dense model."""
-    moe_router_topk: int = 2
-    """Experts k that a token is sent to."""
-    moe_ffn_hidden_size: int | None = None
-    """Width m of an expert; none: ffn_hidden_size / num_experts."""
-    moe_shared_expert_intermediate_size: int | None = None
-    """Width of the always-on residual expert (all residual blocks together); none: there is
-    none.
-    """
-    moe_dense_first_layers: int = 0
-    """How many of the first layers stay dense."""
-    moe_dense_last_layers: int = 0
-    """How many of the last layers stay dense."""
-    moe_score_scale: float | list[float] = 1.0
-    """Factor on the chosen experts' outputs (LLaMA-MoE: E/k), one number or one per layer."""
-    moe_gate: Literal["linear", "mlp"] = "linear"
-    """Router: `linear` [E, hidden], or LLaMA-MoE's `mlp` (linear, tanh, linear [E, E])."""
-
-    @property
-    def is_moe(self) -> bool:
-        return self.num_experts is not None
-
-    @property
-    def head_dim(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def expert_width(self) -> int:
-        """m: width of one expert."""
-        if self.num_experts is None:
-            raise ValueError("a dense model has no experts")
-        return self.moe_ffn_hidden_size or self.ffn_hidden_size // self.num_experts
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """Indices (from 0) of the layers that are MoE layers."""
-        if not self.is_moe:
-            return []
-        return list(
-            range(self.moe_dense_first_layers, self.num_layers - self.moe_dense_last_layers)
-        )
-
-    def score_scale(self, layer: int) -> float:
-        """Factor on expert outputs in layer `layer` (from 0)."""
-        scale = self.moe_score_scale
-        return scale[layer] if isinstance(scale, list) else scale
-
-    def validate(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}",
-                "set kv_channels",
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise UserError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_query_groups={self.kv_heads}"
-            )
-        if self.num_experts is None:
-            return
-        if not 1 <= self.moe_router_topk <= self.num_experts:
-            raise UserError(
-                f"moe_router_topk={self.moe_router_topk} must lie between 1 and "
-                f"num_experts={self.num_experts}"
-            )
-        if self.moe_ffn_hidden_size is None and self.ffn_hidden_size % self.num_experts:
-            raise UserError(
-                f"ffn_hidden_size={self.ffn_hidden_size} is not a multiple of "
-                f"num_experts={self.num_experts}",
-                "choose a divisor, or set moe_ffn_hidden_size",
-            )
-        if not self.moe_layers:
-            raise UserError(
-                f"moe_dense_first_layers={self.moe_dense_first_layers} and "
-                f"moe_dense_last_layers={self.moe_dense_last_layers} leave no MoE layer of "
-                f"{self.num_layers}"
-            )
-        if isinstance(self.moe_score_scale, list) and len(self.moe_score_scale) != self.num_layers:
-            raise UserError(
-                f"moe_score_scale has {len(self.moe_score_scale)} values for "
-                f"{self.num_layers} layers"
-            )
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DomainConfig",
+    "LoggingConfig",
+    "MixingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RouterConfig",
+    "RunConfig",
+    "TrainingConfig",
+]
 
 
 @dataclass
@@ -177,7 +59,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks a stage holds (interleaved schedule)."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence; only 1 so far."""
+    """Ranks that share each sequence, two chunks a rank."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts; folded into tensor x context x data parallelism."""
     expert_tensor_parallel_size: int | None = None
@@ -233,10 +115,38 @@ class DataConfig:
     """Domains by name (YAML only)."""
     seq_length: int = 2048
     """Tokens in a sample."""
+    task: Literal["pretrain", "sft"] = "pretrain"
+    """Streams of text, or conversations (tools/preprocess_data.py --task sft)."""
+    packing: Literal["packed", "padded"] = "packed"
+    """(sft) As many conversations in a sample as fit, each attending to itself only; or one."""
     num_prefetch: int = 2
     """Global batches read ahead."""
     eval_samples: int = 64
     """Held-out samples per domain and evaluation."""
+
+
+@dataclass
+class MixingConfig:
+    """How the blend's weights change while training (docs/mixing.md)."""
+
+    strategy: str = "static"
+    """What decides on the weights: static, router_load, reference_loss, load_progress, ...; or
+    module:Class of your own.
+    """
+    interval: int = 100
+    """Steps between decisions m."""
+    signal: Literal["online", "probe"] = "online"
+    """Router loads of the training tokens since the last decision, at no cost; or of fixed held-out
+    samples in evaluation mode (as the paper).
+    """
+    layers: str | None = None
+    """MoE layers whose loads count: last, all, or numbers separated by commas; none: what the
+    strategy prefers.
+    """
+    probe_samples: int = 80
+    """Held-out samples of each data set in a probe."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the strategy (YAML only)."""
 
 
 @dataclass
@@ -285,6 +195,10 @@ class TrainingConfig:
     """auto: CUDA where there is one."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: TransformerEngine where it is installed and CUDA is used."""
+    freeze: Literal["none", "router", "reference"] = "none"
+    """Leave the routers as they are; `reference`: and the experts' gate projections, as MoE-SFT's
+    code does by a match of names.
+    """
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or chosen modules."""
     recompute_num_layers: int = 1
@@ -313,6 +227,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end and on a signal."""
     keep_latest: int = 2
     """Checkpoints kept in the run directory; 0: all."""
+    keep_best: bool = False
+    """Save where the mean held-out loss is lowest, and keep that checkpoint too."""
 
 
 @dataclass
@@ -329,6 +245,10 @@ class LoggingConfig:
     """Peak of one device for MFU; none: known for A100 (312) and H100 (989), measured sgemm on
     CPU.
     """
+    generate_tokens: int = 0
+    """(sft) Longest answer to generate for a held-out conversation of each data set at evaluations;
+    0: none. Every token is a pass over whole samples.
+    """
     progress: bool = True
     """Progress bar on a terminal."""
 
@@ -341,6 +261,7 @@ class RunConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -84,12 +84,16 @@ def _peek(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def parse_run(arguments: Sequence[str] | None = None, description: str = "") -> RunConfig:
+def parse_run(
+    arguments: Sequence[str] | None = None,
+    description: str = "",
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> RunConfig:
     """Read `--config RECIPE.yaml` and the command line into one RunConfig.
 
     The model's shape comes from the checkpoint that is loaded; recipe and command line may change
     only what does not contradict its weights (checked when it is loaded). Order: defaults <
-    checkpoint's model < recipe < command line.
+    checkpoint's model < recipe < command line; `defaults` are an entry point's own, by section.
 
     Raises:
         UserError: unknown key, wrong type, missing file.
@@ -102,6 +106,8 @@ def parse_run(arguments: Sequence[str] | None = None, description: str = "") -> 
     recipe_path = _peek(arguments, "config")
     recipe = read_yaml(recipe_path) if recipe_path else {}
     _refuse_unknown(recipe, RunConfig, "")
+    for name, values in (defaults or {}).items():
+        recipe[name] = {**values, **(recipe.get(name) or {})}
     sections = recipe.get("checkpoint") or {}
     for source in ("save", "load"):
         path = _peek(arguments, source) or sections.get(source)

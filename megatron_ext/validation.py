@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 from megatron_ext.config import ParallelConfig, RunConfig
 from megatron_ext.errors import UserError
@@ -24,11 +25,19 @@ def validate(run: RunConfig, world_size: int) -> None:
         if getattr(section, name) < 1:
             raise UserError(f"{name}={getattr(section, name)} must be at least 1")
     validate_grid(run, world_size)
-    if run.parallel.context_parallel_size > 1:
+    if run.training.freeze == "reference" and run.optimizer.weight_decay:
         raise UserError(
-            f"context_parallel_size={run.parallel.context_parallel_size}: sequences are not split "
-            "over ranks yet",
-            "leave it at 1; tensor_model_parallel_size splits long sequences' activations",
+            f"training.freeze=reference with weight_decay={run.optimizer.weight_decay}: the decay "
+            "would shrink the frozen projections",
+            "set weight_decay to 0, as MoE-SFT",
+        )
+    if run.logging.generate_tokens and (
+        run.data.task != "sft" or run.parallel.context_parallel_size > 1
+    ):
+        raise UserError(
+            f"logging.generate_tokens={run.logging.generate_tokens} answers held-out conversations "
+            "on whole sequences",
+            "set it with data.task: sft and context_parallel_size 1, or leave it at 0",
         )
     if run.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb_project is set, but wandb is not installed", "pip install wandb")
@@ -110,10 +119,18 @@ def validate_grid(config: RunConfig, world_size: int) -> None:
             f"expert_model_parallel_size={ep}, expert_tensor_parallel_size={etp} on a dense model",
             "convert the checkpoint to a MoE first (tools/convert_llama.py partition)",
         )
-    if parallel.uses_sequence_parallel:
-        divides(tp * cp, data.seq_length, "tensor x context ranks", "seq_length")
-    if cp > 1:
-        divides(2 * cp, data.seq_length, "2 x context_parallel_size", "seq_length")
+    # Context ranks hold two chunks each; sequence parallelism cuts a context rank's share evenly.
+    chunked = 2 * cp if cp > 1 else 1
+    cut = tp * cp if parallel.uses_sequence_parallel else 1
+    for pieces, sum_ in (
+        (chunked, f"2 x context {cp}"),
+        (cut, f"tensor {tp} x context {cp} (sequence_parallel)"),
+    ):
+        if data.seq_length % pieces:
+            raise UserError(
+                f"seq_length={data.seq_length} is not a multiple of {sum_} = {pieces}",
+                f"use a multiple of {math.lcm(chunked, cut)}",
+            )
     per_step = training.micro_batch_size * dp
     if training.global_batch_size % per_step:
         raise UserError(

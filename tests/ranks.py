@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -85,8 +86,11 @@ def _rank(
         MASTER_PORT=str(port),
     )
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    # The inherited lock is one for all processes: a rank that is killed would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     try:
         connection.send((True, function(*arguments)))
         if torch.distributed.is_initialized():

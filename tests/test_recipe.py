@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from megatron_ext import config as config_module
+from megatron_ext import model_config
 from megatron_ext.checkpoint.layout import write_model_config
 from megatron_ext.config import DomainConfig, ModelConfig, RunConfig
 from megatron_ext.errors import UserError
@@ -22,12 +23,13 @@ from megatron_ext.recipe import from_dict, parse_run, read_yaml, to_dict
 from megatron_ext.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
+YAML_ONLY = {"domains", "options"}
 
 
 def option_names() -> list[str]:
-    """Names on the command line: every field of every section, but for the domains."""
+    """Names on the command line: every field of every section, but for what is YAML only."""
     sections = get_type_hints(RunConfig).values()
-    return [field.name for cls in sections for field in fields(cls) if field.name != "domains"]
+    return [field.name for cls in sections for field in fields(cls) if field.name not in YAML_ONLY]
 
 
 def write_recipe(folder: Path, text: str) -> str:
@@ -151,7 +153,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], int, str]] = [
     ({"tensor_model_parallel_size": 3}, 3, "num_attention_heads=4 .* tensor_model.*=3"),
     ({"tensor_model_parallel_size": 4}, 4, "num_query_groups=2 is not .*=4"),
     ({"tensor_model_parallel_size": 2, "vocab_size": 101}, 2, "vocab_size=101"),
-    ({"tensor_model_parallel_size": 2, "seq_length": 33}, 2, "seq_length=33 .* ranks=2"),
+    ({"tensor_model_parallel_size": 2, "seq_length": 33}, 2, "seq_length=33 .* tensor 2 x .* = 2"),
     ({"tensor_model_parallel_size": 2, "sequence_parallel": False}, 2, "needs sequence_parallel"),
     ({"pipeline_model_parallel_size": 3}, 3, "num_layers=4 is not .* stages=3"),
     ({"pipeline_model_parallel_size": 0}, 1, "pipeline_model_parallel_size=0 must be at least 1"),
@@ -169,8 +171,17 @@ IMPOSSIBLE: list[tuple[dict[str, Any], int, str]] = [
     ({"expert_model_parallel_size": 2}, 1, "world size=1 is not .* ranks=2"),
     ({"expert_tensor_parallel_size": 3}, 3, "moe_ffn_hidden_size=16 .*=3"),
     ({"num_experts": None, "expert_model_parallel_size": 2}, 2, "on a dense model"),
-    ({"context_parallel_size": 2, "seq_length": 34}, 2, "seq_length=34 .*context_parallel.*=4"),
-    ({"context_parallel_size": 2}, 2, "context_parallel_size=2: sequences are not split"),
+    ({"context_parallel_size": 2, "seq_length": 34}, 2, "seq_length=34 .* 2 x context 2 = 4"),
+    (
+        {
+            "tensor_model_parallel_size": 4,
+            "num_query_groups": 4,
+            "context_parallel_size": 2,
+            "seq_length": 36,
+        },
+        8,
+        r"seq_length=36 .* tensor 4 x context 2 \(sequence_parallel\) = 8",
+    ),
     ({}, 3, rf"global_batch_size=8 .* 1 x data parallel 3 \(world size 3 / \({GRID}\)\) = 3"),
     ({"micro_batch_size": 3}, 1, "global_batch_size=8 .* micro_batch_size 3"),
     ({"micro_batch_size": 0}, 1, "micro_batch_size=0 must be at least 1"),
@@ -242,9 +253,11 @@ def test_names_are_unique_over_the_tree() -> None:
 
 
 def test_every_field_says_what_it_means() -> None:
-    tree = ast.parse(Path(config_module.__file__ or "").read_text())
+    modules = (config_module, model_config)
+    trees = [ast.parse(Path(module.__file__ or "").read_text()) for module in modules]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     silent, seen = [], 0
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    for cls in classes:
         for node, following in zip(cls.body, [*cls.body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and cls.name != "RunConfig":
                 seen += 1

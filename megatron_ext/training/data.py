@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ext.config import DataConfig, DomainConfig, RunConfig
 from megatron_ext.data.blend import BlendPlan
-from megatron_ext.data.loader import BatchLoader
+from megatron_ext.data.conversation_stream import ConversationStream
+from megatron_ext.data.loader import BatchLoader, Stream
 from megatron_ext.data.stream import TokenStream
 from megatron_ext.errors import UserError
+from megatron_ext.mixing.controller import Controller
+from megatron_ext.mixing.strategies import make_strategy
 from megatron_ext.recipe import nearest
 
 
@@ -20,8 +25,10 @@ class TrainingData:
     names: list[str]
     """Data sets, in the order of their ids."""
     plan: BlendPlan
+    mixing: Controller
+    """What changes the plan's weights."""
     loader: BatchLoader
-    valid: dict[str, TokenStream]
+    valid: dict[str, Stream]
     """Held-out streams by name."""
 
 
@@ -80,15 +87,30 @@ def open_data(
     domains = find_domains(run.data)
     names = list(domains)
     seed, length = run.training.seed, run.data.seq_length
-    streams = [TokenStream(domains[name].path, length, seed, name) for name in names]
+    streams = [open_stream(run, name, domains[name].path) for name in names]
+    strategy = make_strategy(run.mixing.strategy, names, run.mixing.options)
+    num_samples = [stream.num_samples for stream in streams]
+    sizes = length * np.array(num_samples)
+    weights = strategy.initial([domains[name].weight for name in names], sizes)
     plan = BlendPlan(
         names,
-        [stream.num_samples for stream in streams],
-        [domains[name].weight for name in names],
+        num_samples,
+        weights.tolist(),
         seed,
         max_epochs=[domains[name].max_epochs for name in names],
         lag=max(lag, run.data.num_prefetch),
     )
+    if (known := strategy.weights_log(weights)) is not None:
+        plan.replay(known)
+    mixing = Controller(run.mixing, strategy, plan, weights, sizes, run.model)
+    if (mixing.needs_probe or mixing.needs_losses) and (
+        blind := [name for name in names if domains[name].valid_path is None]
+    ):
+        raise UserError(
+            f"mixing strategy {run.mixing.strategy} looks at held-out samples, and "
+            f"{', '.join(blind)} has none",
+            "set valid_path, or mixing.signal=online where the strategy needs loads only",
+        )
     loader = BatchLoader(
         plan,
         streams,
@@ -97,11 +119,24 @@ def open_data(
         data_size,
         length,
         prefetch=run.data.num_prefetch,
-        read_tokens=read_tokens,
+        # Every stage's attention and routers need to know where conversations end.
+        read_tokens=read_tokens or run.data.task == "sft",
     )
     valid = {
-        name: TokenStream(path, length, seed, name)
+        name: open_stream(run, name, path)
         for name in names
         if (path := domains[name].valid_path) is not None
     }
-    return TrainingData(names, plan, loader, valid)
+    return TrainingData(names, plan, mixing, loader, valid)
+
+
+def open_stream(run: RunConfig, name: str, prefix: str) -> Stream:
+    """A domain as the run reads it: text, or conversations."""
+    seed, length = run.training.seed, run.data.seq_length
+    if run.data.task == "sft":
+        return ConversationStream(prefix, length, seed, name, run.data.packing)
+    if Path(f"{prefix}.mask").exists():
+        raise UserError(
+            f"domain {name}: {prefix} holds conversations", "set data.task: sft, or use other files"
+        )
+    return TokenStream(prefix, length, seed, name)

@@ -6,27 +6,26 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.checkpoint import layout, run_state
 from megatron_ext.checkpoint.tensors import count_parameters
 from megatron_ext.config import RunConfig
-from megatron_ext.data.loader import validation_batches
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.mixing.ledger import LoadLedger
-from megatron_ext.model.builder import routers
+from megatron_ext.mixing.controller import Update
+from megatron_ext.training import held_out
 from megatron_ext.training.data import TrainingData
 from megatron_ext.training.flops import flops_per_token, peak_tflops
+from megatron_ext.training.freeze import zero_gate_projections
+from megatron_ext.training.generate import answer_held_out
 from megatron_ext.training.grid import Grid
 from megatron_ext.training.metrics import Metrics
 from megatron_ext.training.optimizer import build_optimizer, build_training_model
+from megatron_ext.training.passes import Passes, Sums
 from megatron_ext.training.signals import StopRequest
-from megatron_ext.training.step import ForwardStep, MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,9 @@ class StepResult:
     domain_loss: dict[str, float]
     """The same per data set that had tokens in this step."""
     tokens: int
+    """Trained tokens."""
+    positions: int
+    """Tokens that went through the model: trained ones, prompts and padding."""
     aux_loss: float
     """Balance loss, mean over MoE layers and micro-batches, before its coefficient."""
     load_spread: float
@@ -49,6 +51,8 @@ class StepResult:
     grad_norm: float
     lr: float
     seconds: float
+    update: Update | None
+    """New blend weights, where this step brought them."""
 
 
 class Trainer:
@@ -65,23 +69,9 @@ class Trainer:
         self.model = build_training_model(run, grid.platform)
         self.optimizer, self.scheduler = build_optimizer(run, grid.platform, self.model)
         self.iteration = 0
-        self.ledger: LoadLedger | None = None
-        if run.model.is_moe:
-            assert run.model.num_experts is not None
-            self.ledger = LoadLedger(
-                len(data.names), run.model.num_layers, run.model.num_experts, grid.platform.device
-            )
-        self.routers = [router for chunk in self.model for router in routers(chunk)]
-        for router in self.routers:
-            router.ledger = self.ledger
-        self.forward_step = ForwardStep(
-            self.ledger,
-            len(data.names),
-            grid.platform.device,
-            run.training.seed,
-            self.routers,
-        )
-        self._schedule = get_forward_backward_func()
+        self.passes = Passes(run, grid, self.model, len(data.names))
+        self._losses: tuple[int, dict[str, float]] = (-1, {})
+        self._saved_at = -1
         self._wandb_id: str | None = None
         total, active = count_parameters(run.model)
         logger.info("model: %.1f M parameters, %.1f M activated", total / 1e6, active / 1e6)
@@ -107,8 +97,11 @@ class Trainer:
         if finetune:
             self.optimizer.reload_model_params()
         self.iteration = state["iteration"]
+        self._saved_at = self.iteration if source == checkpoint.save and self.iteration else -1
         if "loader" in state:
             self.data.loader.load_state_dict(state["loader"])
+        if "mixing" in state:
+            self.data.mixing.load_state_dict(state["mixing"])
         self._wandb_id = state.get("wandb_id")
         logger.info("weights: %s, iteration %d", source, self.iteration)
 
@@ -120,6 +113,7 @@ class Trainer:
         start = time.perf_counter()
         state = {
             "loader": self.data.loader.state_dict(),
+            "mixing": self.data.mixing.state_dict(),
             "global_batch_size": self.run.training.global_batch_size,
             "wandb_id": metrics.run_id if metrics else None,
         }
@@ -132,8 +126,27 @@ class Trainer:
             state,
             self.run.checkpoint.keep_latest,
         )
+        self._saved_at = self.iteration
         if metrics is not None:
+            metrics.write_weights(self.data.names, self.data.plan.weights_log)
             metrics.say(f"saved {path} in {time.perf_counter() - start:.1f} s")
+
+    def _save_once(self, metrics: Metrics) -> None:
+        if self._saved_at != self.iteration:
+            self.save(metrics)
+
+    def _save_if_best(self, metrics: Metrics, loss: float) -> None:
+        """Keep the checkpoint of this step where no earlier one had a lower held-out loss."""
+        directory = self.run.checkpoint.save
+        if not (self.run.checkpoint.keep_best and directory and self.iteration):
+            return
+        best = layout.read_best(directory)
+        if best is not None and best[1] <= loss and best[0] != self.iteration:
+            return
+        self._save_once(metrics)
+        if self.grid.is_main:
+            layout.write_best(directory, self.iteration, loss)
+        torch.distributed.barrier()
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -144,68 +157,64 @@ class Trainer:
             UserError: the loss is not finite; weights are as before the step.
         """
         start = time.perf_counter()
-        batches = self.data.loader.next(self._batch_size())
+        batch_size = self._batch_size()
+        batches = self.data.loader.next(batch_size)
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.forward_step.step = self.iteration
-        losses = self._run(batches, forward_only=False)
-        sums, aux, counts = self._reduce(losses, len(batches))
-        loss = float(sums[0].sum() / sums[1].sum())
+        self.passes.forward_step.step = self.iteration
+        sums = self.passes(batches, forward_only=False)
+        loss = float(sums.loss[0].sum() / sums.loss[1].sum())
         if not math.isfinite(loss):
             raise UserError(
                 f"loss is {loss} in step {self.iteration + 1}",
                 "lower lr, raise lr_warmup_iters, or look for broken data; "
                 "the last checkpoint is whole",
             )
+        if self.run.training.freeze == "reference":
+            zero_gate_projections(self.model)
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         self.iteration += 1
-        spread, dead = self._spread(counts)
+        spread, dead = self._spread(sums.counts)
         return StepResult(
             loss=loss,
-            domain_loss=self._per_domain(sums),
-            tokens=int(sums[1].sum()),
-            aux_loss=aux,
+            domain_loss=sums.loss_by_name(self.data.names),
+            tokens=int(sums.loss[1].sum()),
+            positions=batch_size * self.run.data.seq_length,
+            aux_loss=sums.aux_loss,
             load_spread=spread,
             dead_experts=dead,
             grad_norm=float(grad_norm or 0.0),
             lr=lr,
             seconds=time.perf_counter() - start,
+            update=self._mix(sums),
         )
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss of each domain's held-out samples, in evaluation mode (collective)."""
-        for chunk in self.model:
-            chunk.eval()
-        ledger_domains, self.forward_step.ledger = self.forward_step.ledger, None
-        if self.ledger is not None:
-            self.ledger.domains = None
-        results = {}
-        training = self.run.training
-        try:
-            for name, stream in self.data.valid.items():
-                batches = list(
-                    validation_batches(
-                        stream,
-                        min(self.run.data.eval_samples, stream.num_samples),
-                        training.micro_batch_size,
-                        self.grid.data_rank,
-                        self.grid.data_size,
-                        domain=self.data.names.index(name),
-                    )
-                )
-                with torch.no_grad():
-                    losses = self._run(batches, forward_only=True)
-                sums, _, _ = self._reduce(losses, len(batches))
-                results[name] = float(sums[0].sum() / sums[1].sum())
-        finally:
-            self.forward_step.ledger = ledger_domains
-            for chunk in self.model:
-                chunk.train()
-        return results
+        step, losses = self._losses
+        if step != self.iteration or losses.keys() != self.data.valid.keys():
+            losses = held_out.evaluate(self.passes, self.data)
+            self._losses = (self.iteration, losses)
+        return losses
+
+    def _mix(self, sums: Sums) -> Update | None:
+        """Have the blend's weights decided on, every `mixing.interval` steps (collective)."""
+        mixing = self.data.mixing
+        loads = (sums.counts, sums.mass)
+        counts, mass = (None if part is None else part.numpy() for part in loads)
+        mixing.observe(self.iteration - 1, sums.loss.numpy(), counts, mass)
+        if not mixing.is_due(self.iteration):
+            return None
+        probed, losses = None, None
+        if mixing.needs_probe:
+            probed, losses = held_out.probe(self.passes, self.data)
+        if mixing.needs_losses:
+            losses = self.evaluate()
+        return mixing.update(self.iteration, probed, losses)
 
     def _batch_size(self) -> int:
         """Global batch of the next step, by the ramp-up where there is one."""
@@ -218,56 +227,6 @@ class Trainer:
         if stages < 1 or consumed >= samples:
             return training.global_batch_size
         return start + int(consumed / (samples / stages)) * increment
-
-    def _run(self, batches: list[MicroBatch], forward_only: bool) -> list[dict[str, Any]]:
-        """All micro-batches of this rank through megatron-core's pipeline schedule."""
-        ranks, rank = self.grid.data_size, self.grid.data_rank
-        numbered = [(number * ranks + rank, batch) for number, batch in enumerate(batches)]
-        iterators = [cycle(numbered) for _ in self.model]
-        losses: list[dict[str, Any]] = self._schedule(
-            forward_step_func=self.forward_step,
-            data_iterator=iterators if len(self.model) > 1 else iterators[0],
-            model=self.model if len(self.model) > 1 else self.model[0],
-            num_microbatches=len(batches),
-            seq_length=self.run.data.seq_length,
-            micro_batch_size=self.run.training.micro_batch_size,
-            decoder_seq_length=self.run.data.seq_length,
-            forward_only=forward_only,
-        )
-        return losses
-
-    def _reduce(
-        self, losses: list[dict[str, Any]], micro_batches: int
-    ) -> tuple[torch.Tensor, float, torch.Tensor | None]:
-        """Sums over the world: (loss and tokens per domain [2, D], balance loss, loads [D, L,
-        E]).
-        """
-        domains, layers = len(self.data.names), self.run.model.num_layers
-        device = self.grid.platform.device
-        flat = torch.zeros(2 * domains + layers, dtype=torch.float64, device=device)
-        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
-            for micro in losses:
-                flat[: 2 * domains] += micro["domains"].reshape(-1)
-        for router in self.routers:
-            if router.aux_loss_sum is not None:
-                if self.grid.counts_data:
-                    flat[2 * domains + router.layer_number - 1] = router.aux_loss_sum.double()
-                router.aux_loss_sum = None
-        counts = self.ledger.take()[0] if self.ledger is not None else None
-        if self.grid.world_size > 1:
-            torch.distributed.all_reduce(flat)
-            if counts is not None:
-                torch.distributed.all_reduce(counts)
-        aux = flat[2 * domains :] / (micro_batches * self.grid.data_size)
-        moe_layers = max(len(self.run.model.moe_layers), 1)
-        return flat[: 2 * domains].view(2, domains).cpu(), float(aux.sum()) / moe_layers, counts
-
-    def _per_domain(self, sums: torch.Tensor) -> dict[str, float]:
-        return {
-            name: float(loss / tokens)
-            for name, loss, tokens in zip(self.data.names, sums[0], sums[1], strict=True)
-            if tokens > 0
-        }
 
     def _spread(self, counts: torch.Tensor | None) -> tuple[float, int]:
         if counts is None:
@@ -294,7 +253,6 @@ class Trainer:
         )
         metrics.say(f"MFU is against {peak:.3f} TFLOP/s per rank ({peak_name})")
         reason = None
-        saved_at = self.iteration if self.iteration else -1
         try:
             if training.eval_at_start and self.iteration == 0:
                 self._report_evaluation(metrics)
@@ -302,14 +260,15 @@ class Trainer:
                 result = self.train_step()
                 if self.iteration % run.logging.log_interval == 0:
                     self._report_step(metrics, result, peak)
+                if result.update is not None:
+                    self._report_update(metrics, result.update)
                 metrics.advance()
                 if training.eval_interval and self.iteration % training.eval_interval == 0:
                     self._report_evaluation(metrics)
                 if run.checkpoint.save_interval and (
                     self.iteration % run.checkpoint.save_interval == 0
                 ):
-                    self.save(metrics)
-                    saved_at = self.iteration
+                    self._save_once(metrics)
                 reason = stop.agreed()
                 if reason:
                     metrics.say(f"{reason}: stopping after step {self.iteration}")
@@ -317,8 +276,7 @@ class Trainer:
             else:
                 if not training.eval_interval or self.iteration % training.eval_interval:
                     self._report_evaluation(metrics)
-            if saved_at != self.iteration:
-                self.save(metrics)
+            self._save_once(metrics)
         finally:
             stop.restore()
             metrics.close()
@@ -328,9 +286,8 @@ class Trainer:
     def _report_step(self, metrics: Metrics, result: StepResult, peak: float) -> None:
         run = self.run
         rate = result.tokens / result.seconds
-        tflops = (
-            rate * flops_per_token(run.model, run.data.seq_length) / 1e12 / self.grid.world_size
-        )
+        flops = result.positions * flops_per_token(run.model, run.data.seq_length)
+        tflops = flops / result.seconds / 1e12 / self.grid.world_size
         values = {
             "loss": result.loss,
             "lr": result.lr,
@@ -360,6 +317,14 @@ class Trainer:
             line += f" | balance {result.aux_loss:.3f} | load max/mean {result.load_spread:.2f}"
         metrics.say(line)
 
+    def _report_update(self, metrics: Metrics, update: Update) -> None:
+        metrics.log_update(update)
+        moved = ", ".join(
+            f"{name} {update.before[name]:.3f} -> {weight:.3f}"
+            for name, weight in update.after.items()
+        )
+        metrics.say(f"blend weights from step {update.effective + 1} on: {moved}")
+
     def _report_evaluation(self, metrics: Metrics) -> None:
         if not self.data.valid:
             return
@@ -370,6 +335,23 @@ class Trainer:
         metrics.log("valid", self.iteration, values)
         shown = ", ".join(f"{name} {math.exp(min(loss, 50)):.2f}" for name, loss in losses.items())
         metrics.say(f"held-out perplexity at step {self.iteration}: {shown}")
+        if self.run.logging.generate_tokens:
+            self._report_answers(metrics)
+        self._save_if_best(metrics, values["loss"])
+
+    def _report_answers(self, metrics: Metrics) -> None:
+        answers = answer_held_out(self.passes, self.data)
+        folder = self.run.checkpoint.save or self.run.checkpoint.load
+        if not (self.grid.is_main and folder):
+            return
+        tokenizer = load_tokenizer(Path(folder) / layout.TOKENIZER_DIR)
+        texts = {
+            name: (tokenizer.decode(prompt), tokenizer.decode(answer))
+            for name, (prompt, answer) in answers.items()
+        }
+        metrics.log_answers(self.iteration, texts)
+        for name, (_, answer) in texts.items():
+            metrics.say(f"{name}: {answer.strip()[:200]!r}")
 
 
 def write_recipe(run: RunConfig, directory: str | None, is_main: bool) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 from megatron_ext.errors import UserError
 
 # The part of a request that decides what a chunk of given lines becomes.
-_SHARD_SETTINGS = ("format_version", "tokenizer", "json_key", "append_eod", "seed")
+_SHARD_SETTINGS = (
+    "format_version",
+    "tokenizer",
+    "json_key",
+    "append_eod",
+    "template",
+    "seq_length",
+    "seed",
+)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -21,7 +29,7 @@ class Journal:
 
     def __init__(self, partial: Path, request: dict[str, Any]) -> None:
         self.partial, self.shards = partial, partial / "shards"
-        self._settings = {key: request[key] for key in _SHARD_SETTINGS}
+        self._settings = {key: request[key] for key in _SHARD_SETTINGS if key in request}
         self.records: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "Journal":

@@ -112,11 +112,11 @@ def split_lines(data: bytes) -> list[bytes]:
     return data.removesuffix(b"\n").split(b"\n")
 
 
-def parse_line(line: bytes, json_key: str) -> tuple[str, bytes]:
-    """The text of one line, and its UTF-8.
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line.
 
     Raises:
-        BadLine: the line holds no text under `json_key`.
+        BadLine: the line holds none.
     """
     try:
         record: Any = json.loads(line.decode())
@@ -130,6 +130,24 @@ def parse_line(line: bytes, json_key: str) -> tuple[str, bytes]:
         raise BadLine("bad JSON", "nested too deeply") from None
     if not isinstance(record, dict):
         raise BadLine("not an object", f"a {type(record).__name__} instead of {{...}}")
+    return record
+
+
+def utf8(text: str) -> bytes:
+    r"""The text's UTF-8; a BadLine for "\ud800", which is good JSON but half a character."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine("invalid UTF-8", f"lone surrogate, character {error.start + 1}") from None
+
+
+def parse_line(line: bytes, json_key: str) -> tuple[str, bytes]:
+    """The text of one line, and its UTF-8.
+
+    Raises:
+        BadLine: the line holds no text under `json_key`.
+    """
+    record = parse_record(line)
     if json_key not in record:
         raise BadLine("missing key", f"no {json_key!r} among {sorted(record)[:8]}")
     text = record[json_key]
@@ -137,10 +155,7 @@ def parse_line(line: bytes, json_key: str) -> tuple[str, bytes]:
         raise BadLine("not a string", f"{json_key!r} is a {type(text).__name__}")
     if not text or text.isspace():
         raise BadLine("empty text", f"{json_key!r} is empty or blank")
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is good JSON but half a character
-        raise BadLine("invalid UTF-8", f"lone surrogate, character {error.start + 1}") from None
+    return text, utf8(text)
 
 
 class _Decompressor(io.RawIOBase):

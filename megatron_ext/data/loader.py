@@ -16,13 +16,21 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ext.data.blend import Batch, BlendPlan
+from megatron_ext.data.conversation_stream import (
+    ConversationRow,
+    ConversationStream,
+    collate_conversations,
+)
 from megatron_ext.data.stream import TokenStream, sample_index
 from megatron_ext.errors import UserError
 
 MicroBatch = dict[str, torch.Tensor]
 """tokens, labels, position_ids int64 [b, S]; loss_mask float32 [b, S]; domain int64 [b]; on CPU.
 
-position_ids and loss_mask are shared between micro-batches: copy one before writing to it."""
+position_ids and loss_mask may be shared between micro-batches: copy one before writing to it.
+Conversations bring more (`collate_conversations`)."""
+
+Stream = TokenStream | ConversationStream
 
 
 class _Ahead(NamedTuple):
@@ -55,7 +63,7 @@ class BatchLoader:
     def __init__(
         self,
         plan: BlendPlan,
-        streams: Sequence[TokenStream | None],
+        streams: Sequence[Stream | None],
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
@@ -194,7 +202,7 @@ class BatchLoader:
 
 
 def validation_batches(
-    stream: TokenStream,
+    stream: Stream,
     num_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int,
@@ -218,7 +226,6 @@ def validation_batches(
             f"{stream.num_samples}",
             f"give 1 to {stream.num_samples}",
         )
-    padding = np.zeros(stream.seq_length + 1, stream.dtype)
     domain_B = np.full(micro_batch_size, domain)
     stride = micro_batch_size * data_parallel_size
     for start in range(
@@ -226,7 +233,7 @@ def validation_batches(
     ):
         present = range(start, min(start + micro_batch_size, num_samples))
         rows = [stream.read(index) for index in present]
-        rows += [padding] * (micro_batch_size - len(rows))
+        rows += [stream.blank()] * (micro_batch_size - len(rows))
         micro_batch = _collate(rows, domain_B, stream.seq_length, eod_id)
         if len(present) < micro_batch_size:
             micro_batch["loss_mask"] = micro_batch["loss_mask"].clone()
@@ -235,12 +242,14 @@ def validation_batches(
 
 
 def _collate(
-    rows: Sequence[NDArray[np.integer]],
+    rows: Sequence[NDArray[np.integer] | ConversationRow],
     domain_B: NDArray[np.int64],
     seq_length: int,
     eod_id: int | None,
 ) -> MicroBatch:
-    """Rows of S + 1 tokens as one micro-batch."""
+    """Rows of S + 1 tokens, or of conversations, as one micro-batch."""
+    if isinstance(rows[0], ConversationRow):
+        return collate_conversations(rows, domain_B, seq_length)  # type: ignore[arg-type]
     shape = (len(rows), seq_length)
     tokens_BS, labels_BS = np.empty(shape, np.int64), np.empty(shape, np.int64)
     for place, row in enumerate(rows):

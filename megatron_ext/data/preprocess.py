@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from megatron_ext.data.journal import Journal, differences
 from megatron_ext.data.jsonl import Chunk, JsonlFile, read_chunks, resolve_inputs
-from megatron_ext.data.shards import SPLITS, IndexedWriter, ShardWriter, merge_shards, token_dtype
+from megatron_ext.data.readers import Reader, Task, make_reader, token_dtype
+from megatron_ext.data.shards import SPLITS, IndexedWriter, ShardWriter, merge_shards
+from megatron_ext.data.templates import TemplateName
 from megatron_ext.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
 from megatron_ext.errors import UserError
 
@@ -36,7 +38,10 @@ Domains = dict[str, list[JsonlFile]]
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """Tokenize JSON Lines into one Megatron `.bin/.idx` pair per domain and split."""
+    """Tokenize JSON Lines into one Megatron `.bin/.idx` pair per domain and split.
+
+    Of conversations (--task sft), a .mask beside the pair tells which tokens are trained.
+    """
 
     input: tuple[str, ...]
     """NAME=PATH, NAME=GLOB or NAME=DIRECTORY for each domain; without NAME= each file is a domain
@@ -48,8 +53,14 @@ class PreprocessOptions:
     """Sentencepiece .model file, or Hugging Face tokenizer.json or its directory."""
     tokenizer_type: TokenizerType = "auto"
     """Library of the tokenizer; auto: by what the path holds."""
+    task: Task = "pretrain"
+    """Lines are texts to pretrain on, or conversations for instruction tuning."""
     json_key: str = "text"
-    """Key of the text in each line's object."""
+    """(pretrain) Key of the text in each line's object."""
+    template: TemplateName = "tokenizer"
+    """(sft) How a conversation is written: the tokenizer's chat template, or Vicuna's."""
+    seq_length: int = 2048
+    """(sft) Longer conversations are cut to this many tokens, as training will read them."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Tokenizing processes; they do not change the result."""
     valid_fraction: float = 0.01
@@ -57,7 +68,7 @@ class PreprocessOptions:
     valid_documents: int | None = None
     """Hold out this many different texts of each domain instead."""
     append_eod: bool = True
-    """End each document with the tokenizer's end-of-sequence id."""
+    """(pretrain) End each document with the tokenizer's end-of-sequence id."""
     seed: int = 0
     """Of the choice of held-out texts and of the order of documents."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -70,6 +81,8 @@ class PreprocessOptions:
             raise UserError(f"workers is {self.workers}", "give at least 1")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}", "give 0 or more")
+        if self.seq_length < 2:
+            raise UserError(f"seq_length is {self.seq_length}", "give at least 2")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}", "give 0 or more, below 1")
         if self.valid_documents is not None and self.valid_documents < 0:
@@ -86,12 +99,15 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """
     domains = resolve_inputs(options.input)
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_type)
-    if options.append_eod and tokenizer.eod_id is None:
-        raise UserError(
-            f"tokenizer {options.tokenizer} names no end-of-sequence token to end documents with",
-            "name it (eos_token in tokenizer_config.json), or pass --no-append-eod",
-        )
-    request = _request(options, tokenizer, domains)
+    reader, settings = make_reader(
+        tokenizer,
+        options.task,
+        options.json_key,
+        options.append_eod,
+        options.template,
+        options.seq_length,
+    )
+    request = _request(options, tokenizer, settings, domains)
     output = options.output.resolve()
     partial = output.with_name(output.name + ".partial")
     finished = _finished_output(output, request)
@@ -101,8 +117,8 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         return finished
     try:
         with Journal(partial, request) as journal:
-            shards = _tokenize(options, tokenizer, domains, journal)
-            dataset = _merge(options, tokenizer, journal, shards)
+            shards = _tokenize(options, reader, domains, journal)
+            dataset = _merge(options, tokenizer, reader, journal, shards)
             dataset["request"] = request
             temporary = partial / "dataset" / "dataset.json"
             temporary.write_text(json.dumps(dataset, indent=2) + "\n")
@@ -121,14 +137,15 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
 # --- What the result depends on ---------------------------------------------------------------
 
 
-def _request(options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains) -> dict[str, Any]:
+def _request(
+    options: PreprocessOptions, tokenizer: Tokenizer, settings: dict[str, Any], domains: Domains
+) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
     by_count = options.valid_documents is not None
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
-        "json_key": options.json_key,
-        "append_eod": options.append_eod,
+        **settings,
         "seed": options.seed,
         "valid_fraction": None if by_count else options.valid_fraction,
         "valid_documents": options.valid_documents,
@@ -210,7 +227,7 @@ def _run(job: _Job) -> dict[str, Any]:
 
 
 def _tokenize(
-    options: PreprocessOptions, tokenizer: Tokenizer, domains: Domains, journal: Journal
+    options: PreprocessOptions, reader: Reader, domains: Domains, journal: Journal
 ) -> dict[str, list[str]]:
     """Bring every shard into the journal; returns the names of each domain's shards, in order.
 
@@ -233,9 +250,7 @@ def _tokenize(
 
     writer = ShardWriter(
         directory=journal.shards,
-        tokenizer=tokenizer,
-        json_key=options.json_key,
-        append_eod=options.append_eod,
+        reader=reader,
         seed=options.seed,
         skip_errors=options.on_error == "skip",
     )
@@ -284,6 +299,7 @@ def _tokenize(
 def _merge(
     options: PreprocessOptions,
     tokenizer: Tokenizer,
+    reader: Reader,
     journal: Journal,
     shards: dict[str, list[str]],
 ) -> dict[str, Any]:
@@ -298,9 +314,12 @@ def _merge(
     domains: dict[str, Any] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", mininterval=0.5) as bar:
         for domain, names in shards.items():
-            outputs = {s: IndexedWriter(directory / s / domain, dtype) for s in SPLITS}
+            outputs = {
+                split: IndexedWriter(directory / split / domain, dtype, options.task == "sft")
+                for split in SPLITS
+            }
             paths = [journal.shards / name for name in names]
-            merge_shards(paths, outputs, dtype, hold_out, bar.update)
+            merge_shards(paths, outputs, reader.dtype, hold_out, bar.update)
             records = [journal.records[name] for name in names]
             domains[domain] = _close(domain, outputs, records)
     return {
@@ -312,6 +331,8 @@ def _merge(
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,
         },
+        "task": options.task,
+        **({"template": options.template} if options.task == "sft" else {}),
         "dtype": dtype.name,
         "seed": options.seed,
         "domains": domains,
@@ -345,6 +366,11 @@ def _close(
             "tokens": output.tokens,
             "text_bytes": output.text_bytes,
         }
+        if output.trained:
+            summary[split]["trained_tokens"] = output.trained
+    for what in ("cut", "dropped"):
+        if count := sum(record[what] for record in records):
+            summary[what] = count
     return {**summary, "skipped": dict(sorted(skipped.items())), "skipped_examples": examples[:20]}
 
 
@@ -354,6 +380,12 @@ def _report(output: Path, dataset: dict[str, Any]) -> None:
     for name, domain in dataset["domains"].items():
         cells = [domain[split][what] for split in SPLITS for what in ("documents", "tokens")]
         print(f"{name:20} " + " ".join(f"{cell:>16,}" for cell in cells))
+        if trained := domain["train"].get("trained_tokens"):
+            print(f"  {trained / domain['train']['tokens']:.0%} of the tokens are trained")
+        if cut := domain.get("cut"):
+            print(f"  cut {cut:,} conversations to seq_length")
+        if dropped := domain.get("dropped"):
+            print(f"  left out {dropped:,} conversations: nothing to train on within seq_length")
         for reason, count in domain["skipped"].items():
             print(f"  skipped {count:,} lines: {reason}")
         for path, line, complaint in domain["skipped_examples"][:3]:

@@ -11,25 +11,23 @@ import hashlib
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.data.jsonl import BadLine, Chunk, parse_line, split_lines
+from megatron_ext.data.jsonl import BadLine, Chunk, split_lines
 from megatron_ext.data.permutation import mix_key
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.readers import TRAINED, Dropped, Reader
 
 SPLITS = ("train", "valid")
 
 _DOCUMENT = np.dtype(
     [("order", "<u8"), ("text_hash", "<u8"), ("text_bytes", "<i8"), ("tokens", "<i4")]
 )
-_BATCH_CHARACTERS = 1 << 18
 _MERGE_BYTES = 1 << 28
 _EXAMPLES = 5
 
@@ -37,11 +35,6 @@ _EXAMPLES = 5
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Megatron-core's `DType.optimal_dtype`, without the seconds of its import."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 # --- A chunk of lines to a shard --------------------------------------------------------------
@@ -52,9 +45,7 @@ class ShardWriter:
     """Tokenizes chunks into `directory`: NAME.bin (ids) and NAME.docs (a record per document)."""
 
     directory: Path
-    tokenizer: Tokenizer
-    json_key: str
-    append_eod: bool
+    reader: Reader
     seed: int
     skip_errors: bool
 
@@ -63,14 +54,13 @@ class ShardWriter:
 
         Returns:
             `skipped` (malformed lines per reason), `examples` (line number and complaint of the
-            first few) and, unless lines were malformed and are not to be skipped, `bin_bytes` and
-            `docs_bytes` (sizes of the files).
+            first few), `dropped` (documents left out) and, unless lines were malformed and are not
+            to be skipped, `cut` (documents cut), `bin_bytes` and `docs_bytes` (sizes of the files).
         """
-        texts, documents, skipped, examples = self._parse(file_number, chunk)
-        record: dict[str, Any] = {"skipped": skipped, "examples": examples}
-        if skipped and not self.skip_errors:
+        items, documents, record = self._parse(file_number, chunk)
+        if record["skipped"] and not self.skip_errors:
             return record
-        tokens, lengths = self._encode(texts)
+        tokens, lengths, record["cut"] = self.reader.encode(items)
         documents["tokens"] = lengths
         order = np.argsort(documents["order"])
         for suffix, data in (
@@ -85,58 +75,37 @@ class ShardWriter:
 
     def _parse(
         self, file_number: int, chunk: Chunk
-    ) -> tuple[list[str], NDArray[Any], dict[str, int], list[tuple[int, str]]]:
+    ) -> tuple[list[Any], NDArray[Any], dict[str, Any]]:
         key = str(self.seed).encode()
-        texts: list[str] = []
+        items: list[Any] = []
         places: list[int] = []
         hashes: list[int] = []
         sizes: list[int] = []
         skipped: Counter[str] = Counter()
         examples: list[tuple[int, str]] = []
+        dropped = 0
         for number, line in enumerate(split_lines(chunk.data), chunk.first_line):
             try:
-                text, raw = parse_line(line, self.json_key)
+                item, raw = self.reader.parse(line)
             except BadLine as bad:
                 skipped[bad.reason] += 1
                 if len(examples) < _EXAMPLES:
                     examples.append((number, str(bad)))
                 continue
-            texts.append(text)
+            except Dropped:
+                dropped += 1
+                continue
+            items.append(item)
             places.append((file_number << 40) + number)
             digest = hashlib.blake2b(raw, digest_size=8, key=key).digest()
             hashes.append(int.from_bytes(digest, "little"))
             sizes.append(len(raw))
-        documents = np.empty(len(texts), _DOCUMENT)
+        documents = np.empty(len(items), _DOCUMENT)
         documents["order"] = mix_key(self.seed, np.array(places, np.uint64))
         documents["text_hash"] = np.array(hashes, np.uint64)
         documents["text_bytes"] = sizes
-        return texts, documents, dict(skipped), examples
-
-    def _encode(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Token ids of all texts, one text after the other, and how many each has."""
-        eod = [self.tokenizer.eod_id] if self.append_eod else []
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        tokens, lengths = [np.empty(0, dtype)], []
-        for batch in _batches(texts):
-            ids = self.tokenizer.encode_batch(batch)
-            counts = [len(document) + len(eod) for document in ids]
-            flat = chain.from_iterable(piece for document in ids for piece in (document, eod))
-            tokens.append(np.fromiter(flat, dtype, sum(counts)))
-            lengths.extend(counts)
-        return np.concatenate(tokens), np.array(lengths, np.int64)
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        record = {"skipped": dict(skipped), "examples": examples, "dropped": dropped}
+        return items, documents, record
 
 
 def _take(tokens: NDArray[Any], lengths: NDArray[Any], chosen: NDArray[Any]) -> NDArray[Any]:
@@ -153,31 +122,40 @@ def _take(tokens: NDArray[Any], lengths: NDArray[Any], chosen: NDArray[Any]) -> 
 class IndexedWriter:
     """Writes `prefix`.bin and `prefix`.idx as IndexedDatasetBuilder does, a document a sequence.
 
-    Counts what it wrote: `documents`, `tokens`, `text_bytes` (of their UTF-8). Without documents
-    there are no files, because an empty one cannot be mapped.
+    Ids with the bit `TRAINED` also give `prefix`.mask: a byte per token of .bin, 1 where it is
+    trained, found by the same index. Counts what it wrote: `documents`, `tokens`, `trained`,
+    `text_bytes` (of their UTF-8). Without documents there are no files, because an empty one cannot
+    be mapped.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
-        self._prefix, self._dtype = prefix, dtype
-        self._bin: BinaryIO | None = None
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], masked: bool = False) -> None:
+        self._prefix, self._dtype, self._masked = prefix, dtype, masked
+        self._files: list[BinaryIO] = []
         self._lengths: list[NDArray[np.int32]] = []
-        self.documents = self.tokens = self.text_bytes = 0
+        self.documents = self.tokens = self.trained = self.text_bytes = 0
 
     def add(self, tokens: NDArray[Any], documents: NDArray[Any]) -> None:
         """Append documents (`_DOCUMENT` records) whose ids follow each other in `tokens`."""
-        if self._bin is None:
+        if not self._files:
             self._prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(f"{self._prefix}.bin", "wb")
-        tokens.tofile(self._bin)
+            suffixes = ("bin", "mask") if self._masked else ("bin",)
+            self._files = [open(f"{self._prefix}.{suffix}", "wb") for suffix in suffixes]
+        if self._masked:
+            trained = (tokens >= TRAINED).astype(np.uint8)
+            trained.tofile(self._files[1])
+            self.trained += int(trained.sum())
+            tokens = (tokens & ~TRAINED).astype(self._dtype)
+        tokens.tofile(self._files[0])
         self._lengths.append(documents["tokens"].astype(np.int32))
         self.documents += len(documents)
         self.tokens += len(tokens)
         self.text_bytes += int(documents["text_bytes"].sum())
 
     def close(self) -> None:
-        if self._bin is None:
+        if not self._files:
             return
-        self._bin.close()
+        for file in self._files:
+            file.close()
         lengths = np.concatenate(self._lengths)
         count = len(lengths)
         with open(f"{self._prefix}.idx", "wb") as idx:
@@ -200,6 +178,7 @@ def merge_shards(
 
     Args:
         shards: paths without extension.
+        dtype: of their ids.
         hold_out: share of the texts to hold out (float), or number of different texts (int).
         progress: called with the bytes that were written since the last call.
     """

@@ -67,30 +67,10 @@ class TokenStream:
         if seed < 0:
             raise UserError(f"domain {name}: seed is {seed}", "give a seed of 0 or more")
         self.key = stream_key(seed, name)
-        _check_files(self.prefix, name)
-
-        # Seconds of imports, which tools that only look at a plan must not pay.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        self._dataset = IndexedDataset(self.prefix, multimodal=False, mmap=True)
+        # Kept: it unmaps the files when it goes.
+        self._dataset, self.num_tokens = open_indexed(self.prefix, name)
         self._read = self._dataset.bin_reader.read
-        index = self._dataset.index
-        self.dtype = np.dtype(index.dtype)
-        if self.dtype.kind not in "iu":
-            raise UserError(
-                f"domain {name}: {self.prefix}.bin holds {self.dtype}, not token ids",
-                "write it again with the preprocessing tool",
-            )
-        # Sequences lie one after the other, so the last entry gives the length of the stream.
-        last = int(index.sequence_pointers[-1])
-        self.num_tokens = last // self.dtype.itemsize + int(index.sequence_lengths[-1])
-        present = os.path.getsize(self.prefix + ".bin") // self.dtype.itemsize
-        if present < self.num_tokens:
-            raise UserError(
-                f"domain {name}: {self.prefix}.bin holds {present} tokens, fewer than the "
-                f"{self.num_tokens} of its index",
-                "the file was cut short or belongs to another .idx: copy or write the pair again",
-            )
+        self.dtype = np.dtype(self._dataset.index.dtype)
         self.num_samples = max(self.num_tokens - 1, 0) // seq_length
         if self.num_samples == 0:
             raise UserError(
@@ -114,9 +94,44 @@ class TokenStream:
         """The `draw`-th sample of training, in the shuffled order of its epoch. [S + 1]."""
         return self.read(int(sample_index(draw, self.num_samples, self.key))).astype(np.int64)
 
+    def blank(self) -> NDArray[Any]:
+        """A sample of zeros, to fill up a batch. [S + 1]."""
+        return np.zeros(self.seq_length + 1, self.dtype)
+
     def sequential(self, index: int) -> NDArray[np.int64]:
         """The `index`-th sample in file order, for validation. [S + 1]."""
         return self.read(index).astype(np.int64)
+
+
+def open_indexed(prefix: str, name: str) -> tuple[Any, int]:
+    """megatron-core's `IndexedDataset` of a domain's pair of files, and its tokens.
+
+    Raises:
+        UserError: a file is missing, is not of this format, or is cut short.
+    """
+    _check_files(prefix, name)
+
+    # Seconds of imports, which tools that only look at a plan must not pay.
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
+    index, dtype = dataset.index, np.dtype(dataset.index.dtype)
+    if dtype.kind not in "iu":
+        raise UserError(
+            f"domain {name}: {prefix}.bin holds {dtype}, not token ids",
+            "write it again with the preprocessing tool",
+        )
+    # Sequences lie one after the other, so the last entry gives the length of the stream.
+    num_tokens = int(index.sequence_pointers[-1]) // dtype.itemsize
+    num_tokens += int(index.sequence_lengths[-1])
+    present = os.path.getsize(prefix + ".bin") // dtype.itemsize
+    if present < num_tokens:
+        raise UserError(
+            f"domain {name}: {prefix}.bin holds {present} tokens, fewer than the "
+            f"{num_tokens} of its index",
+            "the file was cut short or belongs to another .idx: copy or write the pair again",
+        )
+    return dataset, num_tokens
 
 
 def _check_files(prefix: str, name: str) -> None:

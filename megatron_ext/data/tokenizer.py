@@ -7,7 +7,7 @@ vocabulary size and the end-of-document id equal to the wrapper's.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,14 @@ class Tokenizer:
     """SHA-256 over everything that decides the ids; equal fingerprints give equal ids."""
     encode_batch: Callable[[list[str]], list[list[int]]]
     """Texts to ids on one thread, without special tokens around them."""
+    decode: Callable[[list[int]], str]
+    """Ids to text, special tokens included."""
+    bos_id: int | None = None
+    """Id that the tokenizer puts before a text; None where it puts none."""
+    special: dict[str, int] = field(default_factory=dict)
+    """Texts that `encode_batch` reads as special tokens, and their ids."""
+    chat: Any = None
+    """The Hugging Face tokenizer, which renders its chat template; None for sentencepiece."""
 
 
 def load_tokenizer(path: Path, tokenizer_type: TokenizerType = "auto") -> Tokenizer:
@@ -110,6 +118,8 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         eod_id=eos_id if eos_id >= 0 else None,
         fingerprint=hashlib.sha256(content).hexdigest(),
         encode_batch=lambda texts: processor.encode(texts, num_threads=1),
+        decode=processor.decode,
+        bos_id=bos_id if (bos_id := processor.bos_id()) >= 0 else None,
     )
 
 
@@ -134,6 +144,7 @@ def _load_huggingface(path: Path) -> Tokenizer:
     # Lengths set in tokenizer.json would silently cut or fill every document.
     backend.no_truncation()
     backend.no_padding()
+    around = backend.encode("", add_special_tokens=True).ids
     identity = f"{backend.to_str()}\neod={loaded.eos_token_id}"
     return Tokenizer(
         path=path,
@@ -144,4 +155,12 @@ def _load_huggingface(path: Path) -> Tokenizer:
         encode_batch=lambda texts: [
             encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
         ],
+        decode=lambda ids: str(loaded.decode(ids)),
+        bos_id=loaded.bos_token_id if loaded.bos_token_id in around[:1] else None,
+        special={
+            token.content: id_
+            for id_, token in loaded.added_tokens_decoder.items()
+            if token.special
+        },
+        chat=loaded,
     )

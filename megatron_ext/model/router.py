@@ -17,6 +17,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_ext.model.context import context_share
+from megatron_ext.model.xft import xft_weights
+
 NOISE_EPSILON = 0.01
 """Smallest standard deviation of the gate noise (LLaMA-MoE's gate_noise_epsilon)."""
 
@@ -60,11 +63,16 @@ class LlamaMoeRouter(TopKRouter):
         experts, hidden = config.num_moe_experts, config.hidden_size
         self.ledger: Any = None
         """Where loads are counted (`mixing.ledger.LoadLedger`), set by the trainer."""
+        self.shared_weight: Tensor | None = None
+        """[T] of the last forward pass: what XFT's shared expert weighs, taken by its layer."""
         self.aux_loss_sum: Tensor | None = None
         """Balance loss summed over the micro-batches of a step, for the log."""
         self.noise_seed = 0
         """Key of the micro-batch that runs now, set by the trainer."""
-        self._seeds_to_repeat: deque[int] = deque()
+        self.trained_tokens: float | None = None
+        """Tokens of that micro-batch that are trained, set by the trainer; None: all of them."""
+        self._trained_tokens: float | None = None
+        self._to_repeat: deque[tuple[int, float | None]] = deque()
         if config.moe_gate == "mlp":
             self.gate_out = self._new_parameter(experts, experts)
             if config.perform_initialization:
@@ -102,6 +110,7 @@ class LlamaMoeRouter(TopKRouter):
                 convention, against its doc string).
         """
         self._maintain_float32_expert_bias()
+        noise_seed, self._trained_tokens = self._recall()
         clean = self.gating(input)
         noisy, sigma = clean, None
         if self.config.moe_gate_noise and self.training:
@@ -113,8 +122,13 @@ class LlamaMoeRouter(TopKRouter):
                 )
                 + NOISE_EPSILON
             )
-            noisy = clean + self._noise(clean) * sigma
+            noisy = clean + self._noise(clean, noise_seed) * sigma
         probs, routing_map = self.routing(noisy, padding_mask=padding_mask)
+        if self.config.moe_xft_routing:
+            logits = noisy.reshape(-1, noisy.shape[-1])
+            routed, self.shared_weight = xft_weights(logits, routing_map)
+            # megatron-core's losses hang on its own weights, which have to stay in the graph.
+            probs = routed.to(probs.dtype) + 0 * probs
         if self.config.moe_balance_loss == "cv2" and self.training and torch.is_grad_enabled():
             probs = self._attach_cv2(probs, routing_map, clean, noisy, sigma, padding_mask)
         if self.ledger is not None:
@@ -124,31 +138,41 @@ class LlamaMoeRouter(TopKRouter):
         scale = self.config.score_scale(self.layer_number - 1)
         return (probs if scale == 1.0 else probs * scale), routing_map
 
-    def _noise(self, logits: Tensor) -> Tensor:
+    def _recall(self) -> tuple[int, float | None]:
+        """What the trainer has set, of the micro-batch that this pass belongs to.
+
+        A pass that recomputes activations comes when the trainer has gone on to other
+        micro-batches: it takes what its first pass found. Pipeline schedules bring them back in the
+        order they came.
+        """
+        state = (self.noise_seed, self.trained_tokens)
+        if is_checkpointing():
+            if torch.is_grad_enabled():
+                return self._to_repeat.popleft()
+            self._to_repeat.append(state)
+        return state
+
+    def _noise(self, logits: Tensor, seed: int) -> Tensor:
         """Standard normal noise [s, b, E] that depends on the micro-batch and the layer, not on the
         grid.
 
-        The noise of the whole sequence is drawn and this rank's positions are cut out of it. A pass
-        that recomputes activations comes when the trainer has gone on to other micro-batches: it
-        takes the seeds of its first passes, which pipeline schedules bring back in the order they
-        came.
+        The noise of the whole sequence is drawn and this rank's positions are cut out of it.
         """
-        seed = self.noise_seed
-        if is_checkpointing():
-            if torch.is_grad_enabled():
-                seed = self._seeds_to_repeat.popleft()
-            else:
-                self._seeds_to_repeat.append(seed)
         generator = torch.Generator(device=logits.device)
         generator.manual_seed((seed * 1_000_003 + self.layer_number) % 2**63)
-        ranks, rank = self.tp_cp_group.size(), self.tp_cp_group.rank()
         s, b, experts = logits.shape
-        shards = ranks if self.config.sequence_parallel else self.cp_group.size()
         noise = torch.randn(
-            s * shards, b, experts, dtype=torch.float32, device=logits.device, generator=generator
+            s * self._shards,
+            b,
+            experts,
+            dtype=torch.float32,
+            device=logits.device,
+            generator=generator,
         )
-        start = (rank % shards) * s
-        return noise[start : start + s].to(logits.dtype)
+        noise = context_share(noise, 0, self.cp_group)
+        if self.config.sequence_parallel:
+            noise = noise.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return noise.to(logits.dtype)
 
     def _attach_cv2(
         self,
@@ -189,10 +213,18 @@ class LlamaMoeRouter(TopKRouter):
         self._log(loss / self.config.moe_cv2_coeff)
         return MoEAuxLossAutoScaler.apply(probs, loss * self._tokens(probs))
 
-    def _tokens(self, activation: Tensor) -> int:
-        """Tokens of the whole micro-batch, which gradients are later divided by."""
-        shards = self.tp_cp_group.size() if self.config.sequence_parallel else self.cp_group.size()
-        return activation.shape[0] * shards
+    def _tokens(self, activation: Tensor) -> float:
+        """Trained tokens of the whole micro-batch: gradients are later divided by those of the
+        step.
+        """
+        if self._trained_tokens is not None:
+            return self._trained_tokens
+        return activation.shape[0] * self._shards
+
+    @property
+    def _shards(self) -> int:
+        """Ranks that share the positions of a sequence."""
+        return self.tp_cp_group.size() if self.config.sequence_parallel else self.cp_group.size()
 
     def _log(self, loss: Tensor) -> None:
         loss = loss.detach().float()
@@ -232,8 +264,8 @@ class LlamaMoeRouter(TopKRouter):
         """ST-MoE's z-loss, mean over the tokens of the micro-batch on any grid."""
         if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
             return logits
-        shards = self._tokens(logits) // logits.shape[0]
-        loss = z_loss_func(logits, self.config.moe_z_loss_coeff / shards, padding_mask=padding_mask)
+        coeff = self.config.moe_z_loss_coeff / self._shards
+        loss = z_loss_func(logits, coeff, padding_mask=padding_mask)
         return MoEAuxLossAutoScaler.apply(logits, loss * self._tokens(logits))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:

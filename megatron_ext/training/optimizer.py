@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext.config import RunConfig
 from megatron_ext.model.builder import build_model, transformer_config
 from megatron_ext.platform import Platform, installed, use_fused_adam
+from megatron_ext.training.freeze import freeze_routers
 
 
 class ParamScheduler(OptimizerParamScheduler):
@@ -66,6 +67,8 @@ def build_training_model(run: RunConfig, platform: Platform) -> list[Any]:
     model = []
     for stage in stages:
         chunk = build_model(run, platform, config, vp_stage=stage)
+        if run.training.freeze != "none":
+            freeze_routers(chunk)
         if config.bf16:
             from megatron.core.transformer.module import Float16Module
 

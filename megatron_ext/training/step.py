@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.mixing.ledger import LoadLedger
+from megatron_ext.model.context import context_share
+from megatron_ext.model.packed import packed_rows
 
 MicroBatch = dict[str, Tensor]
 
@@ -57,7 +60,16 @@ class ForwardStep:
         # Keyed by the micro-batch, not by the rank that has it: noise does not depend on the grid.
         for router in self.routers:
             router.noise_seed = (self.seed * 1_000_003 + self.step * 65_537 + number) % 2**62
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            router.trained_tokens = (
+                float(batch["loss_mask"].sum()) if "loss_mask" in batch else None
+            )
+        packed = None
+        if "cu_seqlens" in batch:
+            packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, self.device)
+        batch = {
+            name: self._share(name, tensor).to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
         if self.ledger is not None:
             self.ledger.domains = batch["domain"]
         output = model(
@@ -66,11 +78,20 @@ class ForwardStep:
             None,
             labels=batch.get("labels"),
             loss_mask=batch.get("loss_mask"),
+            padding_mask=batch.get("padding_mask"),
+            packed_seq_params=packed,
         )
         sum_loss = functools.partial(
             _sum_loss, batch.get("loss_mask"), batch["domain"], self.num_domains
         )
         return output, sum_loss
+
+    @staticmethod
+    def _share(name: str, tensor: Tensor) -> Tensor:
+        """What this context rank has of [b, S]; others stay whole."""
+        if name in ("domain", "cu_seqlens"):
+            return tensor
+        return context_share(tensor, 1, parallel_state.get_context_parallel_group())
 
 
 def _sum_loss(

@@ -14,7 +14,7 @@ import pytest
 from data.corpora import EOS, TOOL, contents, options, read, write_jsonl
 
 from megatron_ext.data.preprocess import preprocess
-from megatron_ext.data.shards import token_dtype
+from megatron_ext.data.readers import token_dtype
 from megatron_ext.data.tokenizer import load_megatron_tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 

@@ -187,7 +187,7 @@ def test_cv2_loss_and_its_gradient(noise: bool, padded: bool) -> None:
         valid = (~mask).reshape(-1, 1).double()
         if noise:
             sigma = plain_sigma(router, x)
-            drawn = router._noise(torch.zeros(S, B, E)).double().reshape(T, E)
+            drawn = router._noise(torch.zeros(S, B, E), router.noise_seed).double().reshape(T, E)
             noisy = clean + drawn * sigma
             load = (noisy_load(clean, noisy, sigma, 2) * valid).sum(0)
         else:
@@ -258,7 +258,7 @@ def test_noise_is_keyed_by_micro_batch_and_layer_and_absent_in_evaluation() -> N
         assert torch.equal(weights(first, 1), weights(first, 1))
         assert not torch.equal(weights(first, 1), weights(first, 2))
         assert not torch.equal(weights(first, 1), weights(second, 1))
-        drawn = torch.stack([first._noise(torch.zeros(S, B, E)) for first.noise_seed in range(400)])
+        drawn = torch.stack([first._noise(torch.zeros(S, B, E), seed) for seed in range(400)])
         assert abs(drawn.mean().item()) < 0.02 and abs(drawn.std().item() - 1) < 0.02
         first.eval()
         expected = plain_weights(plain_logits(first, x), 2)

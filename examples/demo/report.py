@@ -77,13 +77,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([shown[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *shown[1:]])
 
 
+def figure(value: float) -> str:
+    """A number as exact as is worth reading."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def perplexity_table(entries: Sequence[Perplexities]) -> str:
     """The table that the demo is about."""
     head = ("held-out perplexity", "dense", "after partition", "after training", "times lower")
     return table(
         head,
         [
-            (e.domain, *(f"{v:,.2f}" for v in e[1:]), f"{e.partitioned / e.trained:,.1f}")
+            (e.domain, *(figure(v) for v in e[1:]), figure(e.partitioned / e.trained))
             for e in (*entries, mean(entries))
         ],
     )
@@ -140,7 +145,7 @@ def draw(
         )  # fmt: skip
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)  # of all panels
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     for number, axis in enumerate(axes.flat):

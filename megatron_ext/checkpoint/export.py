@@ -68,6 +68,12 @@ def architecture(model: ModelConfig) -> str:
             f"moe_gate={model.moe_gate} has no counterpart in transformers",
             "only linear gates can be exported: partition with --moe-gate linear",
         )
+    if model.moe_shared_expert_gate != "none":
+        raise UserError(
+            f"moe_shared_expert_gate={model.moe_shared_expert_gate} has no counterpart in "
+            "transformers",
+            "merge the experts into a dense model first (tools/convert_llama.py merge)",
+        )
     plain = (
         len(model.moe_layers) == model.num_layers and not model.moe_shared_expert_intermediate_size
     )

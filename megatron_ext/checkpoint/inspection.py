@@ -25,12 +25,13 @@ def report(path: Path, weights: Weights) -> str:
         lines.append(f"  iteration   {weights.iteration}")
     construction = read_construction(path) if path.is_dir() else None
     if construction:
-        layers = construction["neurons"]
         lines.append(f"  experts     {construction['method']}, seed {construction['seed']}")
-        lines.append(f"  neuron map  {len(layers)} layers (construction.json)")
+        if "neurons" in construction:
+            layers = construction["neurons"]
+            lines.append(f"  neuron map  {len(layers)} layers (construction.json)")
         lines.append(f"  router      {construction['router']}")
-        source = construction["source"]
-        lines.append(f"  from        {source['name']} ({source['fingerprint'][:23]}...)")
+        for source in construction.get("sources") or [construction["source"]]:
+            lines.append(f"  from        {source['name']} ({source['fingerprint'][:23]}...)")
     lines.append("  model")
     lines += [
         f"    {name:36} {value}" for name, value in to_dict(model).items() if value is not None

@@ -17,12 +17,14 @@ from megatron_ext.checkpoint.tensors import (
     EXPERTS_FC1,
     EXPERTS_FC2,
     FC2,
+    SHARED_FC1,
+    SHARED_FC2,
     Weights,
     layer_key,
     tensor_shapes,
 )
 from megatron_ext.config import ModelConfig, RunConfig, TrainingConfig
-from megatron_ext.construction.partition import join_experts
+from megatron_ext.construction.partition import NeuronMap
 from megatron_ext.errors import UserError
 
 PARITY = 1e-4
@@ -133,20 +135,31 @@ def check_import(source: PathLike, output: PathLike) -> float:
     return _within(relative_error(ours, theirs), PARITY, "imported model against transformers'")
 
 
-def check_partition(dense: Weights, output: PathLike) -> float:
-    """Relative error of a partitioned checkpoint with all experts chosen against the dense model.
+def check_partition(dense: Weights, output: PathLike) -> float | None:
+    """Compare a partitioned checkpoint with the dense model that it was cut from.
 
-    With k = E, equal router logits and scale = E every expert has weight 1, and their sum is the
-    dense FFN. The weights are also put back together and compared bit by bit.
+    Every matrix of every expert must be, bit by bit, what the recorded neuron map says, and all
+    other weights those of the dense model. Where the experts have every neuron exactly once, the
+    logits with all experts chosen are compared too: with k = E, equal router logits and scale = E
+    every expert has weight 1, and their sum (with the residual expert's, where there is one) is the
+    dense FFN.
+
+    Returns:
+        Relative error of the logits; None where experts overlap, so that it says nothing.
 
     Raises:
         UserError: the error is above 1e-5, or a bit differs.
     """
     checkpoint = CheckpointWeights(output)
-    model = checkpoint.model
-    _check_round_trip(dense, checkpoint)
-    tokens = prompt(model)
+    construction = read_construction(checkpoint.path)
+    assert construction is not None
+    maps = recorded_neurons(construction)
     rounded = _Rounded(dense, checkpoint.dtype)
+    _check_cut(rounded, checkpoint, maps)
+    if not all(map_.is_complete(dense.model.ffn_hidden_size) for map_ in maps.values()):
+        return None
+    model = checkpoint.model
+    tokens = prompt(model)
     dense_logits = logits(fill(build_model(dense.model), rounded), tokens)
     assert model.num_experts is not None
     everyone = dataclasses.replace(
@@ -160,22 +173,25 @@ def check_partition(dense: Weights, output: PathLike) -> float:
     return _within(error, EXACT, "experts put together against the dense model")
 
 
-def _check_round_trip(dense: Weights, checkpoint: CheckpointWeights) -> None:
-    """The dense weights come back from the experts, and all others are there unchanged."""
-    construction = read_construction(checkpoint.path)
-    assert construction is not None
-    neurons = recorded_neurons(construction)
-    expected = _Rounded(dense, checkpoint.dtype)
+def _check_cut(dense: Weights, checkpoint: CheckpointWeights, maps: dict[int, NeuronMap]) -> None:
+    """Experts hold the neurons that their map says, and all other weights are unchanged."""
     for key in tensor_shapes(dense.model).keys() & tensor_shapes(checkpoint.model).keys():
-        _equal(key, expected.tensor(key), checkpoint.tensor(key))
-    for layer, chosen in neurons.items():
-        fc1, fc2 = (checkpoint.tensor(layer_key(layer, k)) for k in (EXPERTS_FC1, EXPERTS_FC2))
-        gate, up, down = join_experts(fc1, fc2, chosen)
-        for name, original, joined in zip(
-            ("gate", "up"), expected.gate_up(layer), (gate, up), strict=True
-        ):
-            _equal(f"{name} of layer {layer}", original, joined)
-        _equal(f"down of layer {layer}", expected.tensor(layer_key(layer, FC2)), down)
+        _equal(key, dense.tensor(key), checkpoint.tensor(key))
+    for layer, map_ in maps.items():
+        cut = [("expert", EXPERTS_FC1, EXPERTS_FC2, map_.experts)]
+        if len(map_.residual):
+            cut.append(("residual expert", SHARED_FC1, SHARED_FC2, map_.residual[None]))
+        gate, up = dense.gate_up(layer)
+        down = dense.tensor(layer_key(layer, FC2))
+        for kind, key1, key2, neurons in cut:
+            fc1, fc2 = (checkpoint.tensor(layer_key(layer, key)) for key in (key1, key2))
+            fc1 = fc1.view(len(neurons), -1, fc1.shape[-1])  # the residual expert has no [E]
+            fc2 = fc2.view(len(neurons), -1, fc2.shape[-1])
+            for number, chosen in enumerate(neurons):
+                place = f"of {kind} {number} in layer {layer}"
+                _equal(f"gate {place}", gate[chosen], fc1[number, : len(chosen)])
+                _equal(f"up {place}", up[chosen], fc1[number, len(chosen) :])
+                _equal(f"down {place}", down[:, chosen], fc2[number])
 
 
 def _equal(name: str, expected: Tensor, found: Tensor) -> None:
@@ -197,6 +213,39 @@ class _Rounded:
     def gate_up(self, layer: int) -> tuple[Tensor, Tensor]:
         gate, up = self.weights.gate_up(layer)
         return gate.to(self.dtype), up.to(self.dtype)
+
+
+def check_upcycled(dense: Weights, output: PathLike, exact: bool) -> float:
+    """Relative error of an upcycled checkpoint, as it starts, against a dense model.
+
+    Where the construction is exact for any k, all experts are chosen in a second comparison, so
+    that every copy is looked at.
+
+    Raises:
+        UserError: `exact`, but the error is above 1e-5.
+    """
+    checkpoint = CheckpointWeights(output)
+    model, tokens = checkpoint.model, prompt(checkpoint.model)
+    rounded = _Rounded(dense, checkpoint.dtype)
+    expected = logits(fill(build_model(dense.model), rounded), tokens)
+    choices = [model.moe_router_topk]
+    if exact and (model.moe_router_topk > 1 or model.moe_shared_expert_gate == "xft"):
+        assert model.num_experts is not None
+        choices.append(model.num_experts)
+    errors = []
+    for topk in choices:
+        mixture = build_model(dataclasses.replace(model, moe_router_topk=topk))
+        errors.append(relative_error(logits(load(mixture, checkpoint.folder), tokens), expected))
+    return (
+        _within(max(errors), EXACT, "upcycled model against the dense one") if exact else errors[0]
+    )
+
+
+def compare(first: CheckpointWeights, second: CheckpointWeights) -> float:
+    """Relative error of the second model's logits against the first's."""
+    tokens = prompt(first.model)
+    found = [logits(load(build_model(w.model), w.folder), tokens) for w in (second, first)]
+    return relative_error(*found)
 
 
 def check_export(checkpoint: CheckpointWeights, output: PathLike, dtype: torch.dtype) -> float:

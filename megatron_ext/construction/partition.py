@@ -2,20 +2,38 @@
 
 A dense FFN is y = W_down (SiLU(W_gate x) * (W_up x)): a sum over d_h neurons. Any disjoint and
 complete split of the neurons into E sets of m = d_h / E makes it the sum of E small FFNs, exactly.
-A neuron map is a LongTensor [E, m] of neuron numbers, ascending within an expert (the order within
-an expert does not matter to the mathematics).
+Methods that look at nothing are here, the others beside; `methods.py` has them all under one roof.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class NeuronMap:
+    """Which neurons of a dense FFN each expert has.
+
+    Ascending within an expert; the order there does not matter to the mathematics.
+    """
+
+    experts: Tensor
+    """[E, m] int64."""
+    residual: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """[R * m] int64: neurons of the residual expert, which is always on; empty: there is none."""
+
+    def is_complete(self, d_ffn: int) -> bool:
+        """Whether every neuron is there exactly once."""
+        neurons = torch.cat([self.experts.reshape(-1), self.residual])
+        return torch.equal(neurons.sort().values, torch.arange(d_ffn))
 
 
 def independent_random(d_ffn: int, num_experts: int, seed: int, layer: int) -> Tensor:
@@ -36,28 +54,22 @@ def independent_random(d_ffn: int, num_experts: int, seed: int, layer: int) -> T
     return neurons.sort(dim=1).values
 
 
-def contiguous(d_ffn: int, num_experts: int, seed: int = 0, layer: int = 0) -> Tensor:
-    """Neurons cut in their order (LLaMA-MoE v2, "vanilla"): [E, d_ffn / E]; no seed matters."""
+def contiguous(d_ffn: int, num_experts: int) -> Tensor:
+    """Neurons cut in their order (LLaMA-MoE v2, "vanilla"): [E, d_ffn / E]."""
     return torch.arange(d_ffn).view(num_experts, expert_width(d_ffn, num_experts))
 
 
-NeuronMapper = Callable[[int, int, int, int], Tensor]
-METHODS: dict[str, NeuronMapper] = {
-    "independent_random": independent_random,
-    "contiguous": contiguous,
-}
-"""(d_ffn, num_experts, seed, layer) -> neuron map: methods that look at no weights and no data."""
-
-
-def expert_width(d_ffn: int, num_experts: int) -> int:
-    """m = d_h / E; a UserError where it is not a whole number."""
-    if num_experts < 1 or d_ffn % num_experts:
-        divisors = [n for n in range(2, 129) if d_ffn % n == 0]
+def expert_width(d_ffn: int, num_experts: int, num_residual: int = 0) -> int:
+    """m = d_h / (E + R); a UserError where it is not a whole number."""
+    parts = num_experts + num_residual
+    if num_experts < 1 or d_ffn % parts:
+        divisors = [n - num_residual for n in range(num_residual + 2, 129) if d_ffn % n == 0]
+        beside = f" + num_residual={num_residual}" if num_residual else ""
         raise UserError(
-            f"ffn_hidden_size={d_ffn} is not a multiple of num_experts={num_experts}",
-            f"choose one of {', '.join(map(str, divisors))}",
+            f"ffn_hidden_size={d_ffn} is not a multiple of num_experts={num_experts}{beside}",
+            f"choose num_experts out of {', '.join(map(str, divisors))}",
         )
-    return d_ffn // num_experts
+    return d_ffn // parts
 
 
 def slice_experts(gate: Tensor, up: Tensor, down: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +100,10 @@ def slice_fc2(down: Tensor, neurons: Tensor) -> Tensor:
     """Second half of `slice_experts`."""
     experts, width = neurons.shape
     fc2 = down.new_empty(experts, down.shape[0], width)
-    for expert, chosen in enumerate(neurons):
-        _take(down, chosen, 1, fc2[expert])
+    for start in range(0, len(down), _ROWS):  # all experts, while these rows are in the cache
+        rows = slice(start, start + _ROWS)
+        for expert, chosen in enumerate(neurons):
+            _take(down[rows], chosen, 1, fc2[expert, rows])
     return fc2
 
 
@@ -98,37 +112,3 @@ def _take(weight: Tensor, chosen: Tensor, axis: int, out: Tensor) -> None:
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]  # numpy knows no bf16
     source, target = weight.view(bits).numpy(), out.view(bits).numpy()
     np.take(source, chosen.numpy(), axis=axis, out=target, mode="clip")
-
-
-def join_experts(fc1: Tensor, fc2: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of `slice_experts` for a disjoint, complete map: gate, up [d_h, h], down [h, d_h]."""
-    width, hidden = neurons.shape[1], fc1.shape[2]
-    gate, up = (half.reshape(-1, hidden) for half in fc1.split(width, dim=1))
-    back = neurons.reshape(-1).argsort()
-    down = fc2.permute(1, 0, 2).reshape(hidden, -1)
-    return gate[back], up[back], down[:, back]
-
-
-def router_weights(
-    num_experts: int,
-    hidden: int,
-    gate: Literal["linear", "mlp"],
-    init: Literal["normal", "zero"],
-    std: float,
-    seed: int,
-    layer: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Start of a layer's router: normal(0, std) as LLaMA-MoE, or zero.
-
-    Returns:
-        `router.weight` [E, h] and, for the mlp gate, `router.gate_out` [E, E] (else None), fp32.
-    """
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, layer, 1))))
-
-    def draw(*shape: int) -> Tensor:
-        if init == "zero":
-            return torch.zeros(shape)
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)) * std
-
-    first = draw(num_experts, hidden)
-    return first, draw(num_experts, num_experts) if gate == "mlp" else None

@@ -21,11 +21,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ext.config import RunConfig
+from megatron_ext.errors import UserError
 from megatron_ext.model.attention import SdpaAttention
 from megatron_ext.model.experts import LocalExperts, mark_expert_parameter
 from megatron_ext.model.head import LlamaMoeModel
 from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.packed import attends_to_packed_rows
 from megatron_ext.model.router import LlamaMoeRouter
+from megatron_ext.model.xft import XftMoELayer
 from megatron_ext.platform import Platform
 
 
@@ -38,6 +41,7 @@ class LlamaMoeTransformerConfig(TransformerConfig):
     moe_balance_loss: str = "none"
     moe_cv2_coeff: float = 0.0
     moe_score_scale: float | list[float] = 1.0
+    moe_xft_routing: bool = False
     initialisation_seed: int = 0
 
     def score_scale(self, layer: int) -> float:
@@ -110,6 +114,12 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
 
 def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
     model, router = run.model, run.router
+    if router.moe_router_enable_expert_bias and model.moe_shared_expert_gate == "xft":
+        raise UserError(
+            "moe_router_enable_expert_bias scores experts by a sigmoid, "
+            "moe_shared_expert_gate=xft by a softmax",
+            "balance with moe_balance_loss",
+        )
     core_loss = (
         router.moe_balance_loss if router.moe_balance_loss not in ("cv2", "none") else "none"
     )
@@ -137,6 +147,7 @@ def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
         moe_balance_loss=router.moe_balance_loss,
         moe_cv2_coeff=router.moe_aux_loss_coeff,
         moe_score_scale=model.moe_score_scale,
+        moe_xft_routing=model.moe_shared_expert_gate == "xft",
     )
 
 
@@ -153,6 +164,9 @@ class SeededLayer(TransformerLayer):
             base = config.initialisation_seed
             torch.manual_seed((base * 1_000_003 + offset + layer_number) % 2**63)
         super().__init__(config, *args, layer_number=layer_number, **kwargs)
+        if config.moe_xft_routing and isinstance(self.mlp, MoELayer):
+            # As a module of the spec, 0.16 does not recognise a subclass as a MoE layer.
+            self.mlp.__class__ = XftMoELayer
 
 
 def _normal_(tensor: torch.Tensor, std: float) -> torch.Tensor:
@@ -181,6 +195,9 @@ def layer_specs(
         if local:
             parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
             parts.self_attention.submodules.core_attention = SdpaAttention
+        else:
+            attention = parts.self_attention.submodules
+            attention.core_attention = attends_to_packed_rows(attention.core_attention)
         moe = _moe_submodules(parts.mlp)
         if moe is not None:
             moe.router = LlamaMoeRouter

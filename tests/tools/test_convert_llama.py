@@ -76,7 +76,7 @@ def test_partition_keeps_the_model(tmp_path: Path, capsys: pytest.CaptureFixture
     neurons = recorded_neurons(construction)
     gate = hf_tensors(hf)["model.layers.2.mlp.gate_proj.weight"]
     experts = moe.tensor(layer_key(2, EXPERTS_FC1))
-    assert torch.equal(experts[3, :24], gate[neurons[2][3]])
+    assert torch.equal(experts[3, :24], gate[neurons[2].experts[3]])
     # Against transformers too: all experts, equally, at full scale.
     error = verify.check_partition(CheckpointWeights(dense_of(hf, tmp_path)), tmp_path / "moe")
     assert error <= 1e-5
@@ -95,7 +95,7 @@ def test_a_wrong_expert_does_not_pass(tmp_path: Path) -> None:
     first = construction["neurons"]["1"]
     first[0], first[1] = first[1], first[0]
     layout.write_construction(tmp_path / "moe", construction)
-    with pytest.raises(UserError, match="gate of layer 1 does not come back"):
+    with pytest.raises(UserError, match="gate of expert 0 in layer 1 does not come back"):
         verify.check_partition(CheckpointWeights(dense_of(hf, tmp_path)), moe.path)
 
 
@@ -162,7 +162,7 @@ def test_exported_experts_are_the_dense_weights(tmp_path: Path) -> None:
     construction = layout.read_construction(moe.path)
     assert construction is not None
     for layer, neurons in recorded_neurons(construction).items():
-        for expert, chosen in enumerate(neurons):
+        for expert, chosen in enumerate(neurons.experts):
             prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
             mlp = f"model.layers.{layer}.mlp"
             assert torch.equal(

@@ -9,10 +9,17 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-# These run models in the test process itself, whose gloo threads no later fork would survive.
-IN_THIS_PROCESS = ("checkpoint/test_hf", "checkpoint/test_weights", "tools/", "test_pretrain")
+# Modules that fork their ranks and also run models in the test process itself, whose gloo threads no
+# later fork would survive.
+DO_BOTH = ("construction/test_score_scale",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork their ranks come first."""
-    items.sort(key=lambda item: item.nodeid.removeprefix("tests/").startswith(IN_THIS_PROCESS))
+
+    def order(item: pytest.Item) -> int:
+        if item.nodeid.removeprefix("tests/").startswith(DO_BOTH):
+            return 1
+        return 0 if hasattr(getattr(item, "module", None), "run_ranks") else 2
+
+    items.sort(key=order)

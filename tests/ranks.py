@@ -37,7 +37,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     import megatron_ext.training.trainer  # noqa: F401
 
     assert not torch.distributed.is_initialized(), (
-        "gloo does not survive a fork: see IN_THIS_PROCESS in conftest.py"
+        "gloo does not survive a fork: see DO_BOTH in conftest.py"
     )
     context = multiprocessing.get_context("fork")
     port = free_port()

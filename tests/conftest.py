@@ -9,8 +9,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-# Modules that fork their ranks and also run models in the test process itself, whose gloo threads no
-# later fork would survive.
+# Modules that fork their ranks and also run models in the test process itself, whose gloo threads
+# no later fork would survive.
 DO_BOTH = ("construction/test_score_scale",)
 
 

@@ -155,10 +155,11 @@ def _measure(
     shared = model.moe_shared_expert_intermediate_size or 0
     experts, topk, scale = model.num_experts, model.moe_router_topk, model.score_scale(layer)
     assert experts is not None
-    rule = None
+    routing = measures.Routing(topk, scale)
     if model.moe_shared_expert_gate == "xft":
-        from megatron_ext.model.xft import xft_weights as rule
-    routing = measures.Routing(topk, scale, rule)
+        from megatron_ext.model.xft import xft_weights
+
+        routing = measures.Routing(topk, scale, xft_weights)
     if partitioned:
         equal = measures.equal_weight(experts, model.expert_width, model.ffn_hidden_size, shared)
     else:  # a weighted mean of copies; the scale of k = 1 has made up for a choice's share of 1 / E

@@ -28,7 +28,8 @@ class Routing:
     topk: int
     score_scale: float
     xft: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    """XFT's rule (`model.xft.xft_weights`), where it weighs the experts; else a shared one weighs 1.
+    """XFT's rule (`model.xft.xft_weights`) where it weighs the experts; none: a shared one weighs
+    1.
     """
 
 

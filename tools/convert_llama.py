@@ -23,12 +23,14 @@ from megatron_ext.commands.partition import Partition
 from megatron_ext.commands.report import Report
 from megatron_ext.commands.scale import Scale
 from megatron_ext.commands.upcycle import Upcycle
+from megatron_ext.commands.upit import Upit
 from megatron_ext.errors import run_main
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Partition, tyro.conf.subcommand("partition")]
     | Annotated[Upcycle, tyro.conf.subcommand("upcycle")]
+    | Annotated[Upit, tyro.conf.subcommand("upit")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Scale, tyro.conf.subcommand("scale")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -140,6 +140,8 @@ def _neurons(construction: dict[str, Any], model: ModelConfig) -> dict[int, Tens
         share = model.num_experts // (len(construction["sources"]) - (base is not None))
         source = torch.arange(model.num_experts)[:, None] // share
         neurons = neurons + source * model.ffn_hidden_size
+    elif construction["method"] == "upit":  # every expert is an FFN of its own
+        neurons = neurons + torch.arange(model.num_experts)[:, None] * model.ffn_hidden_size
     return dict.fromkeys(model.moe_layers, neurons)
 
 

@@ -119,7 +119,11 @@ def test_a_stopped_demo_lets_its_command_save(tmp_path: Path) -> None:
         f"run_stages([stage], Path({str(tmp_path)!r}))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # A shell without job control has its background commands ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     while process.stdout.readline() != b"ready\n":

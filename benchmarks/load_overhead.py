@@ -112,7 +112,7 @@ def main() -> None:
         probe = statistics.median(
             cpu_seconds(lambda: held_out.probe(passes, trainer.data)) for _ in range(3)
         )
-        probed, _ = held_out.probe(passes, trainer.data)
+        probed = held_out.probe(passes, trainer.data)
         decision = cpu_seconds(lambda: mixing.update(trainer.iteration, probed))
     plain = statistics.median(times[False])
     # Steps that follow each other share what the machine does meanwhile: compared pair by pair.

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,6 +31,7 @@ from megatron_ext.model.builder import build_model, transformer_config
 from megatron_ext.model.packed import packed_rows
 from megatron_ext.training import probe as probes
 from megatron_ext.training.grid import Grid
+from megatron_ext.training.passes import run_schedule
 from megatron_ext.training.probe import Probe
 from megatron_ext.training.samples import MicroBatch, SamplePool, sentence_embeddings
 from megatron_ext.training.unfinished import INPUT_GROUPS, INPUTS, Settings, Unfinished
@@ -156,17 +156,7 @@ class Collector:
         grid = self.grid
         batches = self.pool.micro_batches(start, stop, groups, size, grid.data_rank, grid.data_size)
         self._check_tokens(batches)
-        with torch.set_grad_enabled(gradients):
-            results = get_forward_backward_func()(
-                forward_step_func=self._forward,
-                data_iterator=iter(batches),
-                model=self.model,
-                num_microbatches=len(batches),
-                seq_length=self.settings.seq_length,
-                micro_batch_size=size,
-                decoder_seq_length=self.settings.seq_length,
-                forward_only=not gradients,
-            )
+        results = run_schedule(self.run, [self.model], self._forward, batches, not gradients)
         loss = torch.zeros(2, dtype=torch.float64, device=grid.platform.device)
         if grid.is_last_stage and grid.tensor_rank == 0:
             for result in results:

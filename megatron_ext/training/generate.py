@@ -7,19 +7,17 @@ for a few short samples at an evaluation; for more, export the checkpoint.
 from __future__ import annotations
 
 import functools
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.data.conversation_stream import ConversationStream
 from megatron_ext.training.data import TrainingData
 from megatron_ext.training.held_out import evaluating
-from megatron_ext.training.passes import Passes
+from megatron_ext.training.passes import Passes, run_schedule
 
 
 def answer_held_out(passes: Passes, data: TrainingData) -> dict[str, tuple[list[int], list[int]]]:
@@ -73,17 +71,8 @@ def _next_tokens(passes: Passes, tokens: Tensor, at: Tensor) -> Tensor:
     grid, training = passes.grid, passes.run.training
     size = training.micro_batch_size
     micro = list(zip(tokens.split(size), at.split(size), strict=True))
-    chunks = passes.model
-    found = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward, grid.platform.device),
-        data_iterator=[cycle(micro) for _ in chunks] if len(chunks) > 1 else cycle(micro),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(micro),
-        seq_length=tokens.shape[1],
-        micro_batch_size=training.micro_batch_size,
-        decoder_seq_length=tokens.shape[1],
-        forward_only=True,
-    )
+    forward = functools.partial(_forward, grid.platform.device)
+    found = run_schedule(passes.run, passes.model, forward, micro, forward_only=True)
     chosen = torch.zeros(len(tokens), dtype=torch.int64, device=grid.platform.device)
     if grid.is_last_stage:
         chosen = torch.cat([entry["next"] for entry in found])
@@ -96,7 +85,6 @@ def _next_tokens(passes: Passes, tokens: Tensor, at: Tensor) -> Tensor:
     return chosen.cpu()
 
 
-@torch.no_grad()
 def _forward(device: torch.device, iterator: Any, model: Any, *unused: Any) -> tuple[Tensor, Any]:
     tokens, at = (tensor.to(device) for tensor in next(iterator))
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)

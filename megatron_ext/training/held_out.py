@@ -25,8 +25,8 @@ def evaluate(passes: Passes, data: TrainingData) -> dict[str, float]:
     return results
 
 
-def probe(passes: Passes, data: TrainingData) -> tuple[Loads, dict[str, float]]:
-    """Router loads of fixed held-out samples of every domain, and their loss (collective).
+def probe(passes: Passes, data: TrainingData) -> Loads:
+    """Router loads of fixed held-out samples of every domain (collective).
 
     Sample i is in fold i modulo F, on any grid: each fold of each domain has an id of its own, and
     rows that only fill up a micro-batch have the last id, which is dropped.
@@ -48,8 +48,7 @@ def probe(passes: Passes, data: TrainingData) -> tuple[Loads, dict[str, float]]:
         part[:fill].unflatten(0, (domains, FOLDS)).transpose(0, 1).numpy()
         for part in (sums.counts, sums.mass)
     )
-    loss = sums.loss[:, :fill].unflatten(1, (domains, FOLDS)).sum(2)
-    return Loads(counts, mass), dict(zip(data.names, (loss[0] / loss[1]).tolist(), strict=True))
+    return Loads(counts, mass)
 
 
 def _batches(passes: Passes, data: TrainingData, name: str, samples: int) -> list[MicroBatch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -42,6 +42,40 @@ class Sums:
         }
 
 
+def run_schedule(
+    run: RunConfig,
+    model: list[Any],
+    forward_step: Callable[..., Any],
+    batches: Sequence[Any],
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """Micro-batches through megatron-core's pipeline schedule (collective).
+
+    Args:
+        run: the recipe.
+        model: this rank's chunks; each is given all batches.
+        forward_step: megatron-core's forward_step_func.
+        batches: what its iterator yields.
+        forward_only: no gradients.
+
+    Returns:
+        What the loss function found in each micro-batch; empty but for the last stage.
+    """
+    iterators = [cycle(batches) for _ in model]
+    with torch.set_grad_enabled(not forward_only):
+        found: list[dict[str, Any]] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(batches),
+            seq_length=run.data.seq_length,
+            micro_batch_size=run.training.micro_batch_size,
+            decoder_seq_length=run.data.seq_length,
+            forward_only=forward_only,
+        )
+    return found
+
+
 class Passes:
     """Runs micro-batches through megatron-core's pipeline schedule.
 
@@ -58,7 +92,6 @@ class Passes:
         self.forward_step = ForwardStep(
             None, num_ids, grid.platform.device, run.training.seed, self.routers
         )
-        self._schedule = get_forward_backward_func()
         self.use_ids(num_ids)
 
     def use_ids(self, num_ids: int, count_loads: bool = True) -> None:
@@ -78,29 +111,19 @@ class Passes:
         """All micro-batches of this rank, forwards and backwards (collective)."""
         ranks, rank = self.grid.data_size, self.grid.data_rank
         numbered = [(number * ranks + rank, batch) for number, batch in enumerate(batches)]
-        iterators = [cycle(numbered) for _ in self.model]
-        with torch.set_grad_enabled(not forward_only):
-            losses: list[dict[str, Any]] = self._schedule(
-                forward_step_func=self.forward_step,
-                data_iterator=iterators if len(self.model) > 1 else iterators[0],
-                model=self.model if len(self.model) > 1 else self.model[0],
-                num_microbatches=len(batches),
-                seq_length=self.run.data.seq_length,
-                micro_batch_size=self.run.training.micro_batch_size,
-                decoder_seq_length=self.run.data.seq_length,
-                forward_only=forward_only,
-            )
+        losses = run_schedule(self.run, self.model, self.forward_step, numbered, forward_only)
         return self._sum(losses, len(batches))
 
     def _sum(self, losses: list[dict[str, Any]], micro_batches: int) -> Sums:
         """One all-reduce. Counts travel as float64, which holds them exactly: their sum does not
-        depend on the order of the ranks.
+        depend on the order of the ranks. Nothing waits for the device before the end.
         """
         ids, model = self.forward_step.num_domains, self.run.model
-        parts = [torch.zeros(2 * ids + model.num_layers, dtype=torch.float64)]
+        device = self.grid.platform.device
+        parts = [torch.zeros(2 * ids + model.num_layers, dtype=torch.float64, device=device)]
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
             for micro in losses:
-                parts[0][: 2 * ids] += micro["domains"].reshape(-1).cpu()
+                parts[0][: 2 * ids] += micro["domains"].reshape(-1)
         for router in self.routers:
             if router.aux_loss_sum is not None:
                 if self.grid.counts_data:
@@ -109,7 +132,7 @@ class Passes:
         if self.ledger is not None:
             counts, mass = self.ledger.take()
             parts += [counts.double().reshape(-1), mass.reshape(-1)]
-        flat = torch.cat([part.to(self.grid.platform.device) for part in parts])
+        flat = torch.cat(parts)
         if self.grid.world_size > 1:
             torch.distributed.all_reduce(flat)
         flat = flat.cpu()

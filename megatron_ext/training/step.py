@@ -58,11 +58,10 @@ class ForwardStep:
         """
         number, batch = next(data_iterator)
         # Keyed by the micro-batch, not by the rank that has it: noise does not depend on the grid.
+        noise_seed = (self.seed * 1_000_003 + self.step * 65_537 + number) % 2**62
+        trained = float(batch["loss_mask"].sum()) if "loss_mask" in batch else None
         for router in self.routers:
-            router.noise_seed = (self.seed * 1_000_003 + self.step * 65_537 + number) % 2**62
-            router.trained_tokens = (
-                float(batch["loss_mask"].sum()) if "loss_mask" in batch else None
-            )
+            router.noise_seed, router.trained_tokens = noise_seed, trained
         packed = None
         if "cu_seqlens" in batch:
             packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, self.device)

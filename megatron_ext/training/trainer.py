@@ -209,11 +209,8 @@ class Trainer:
         mixing.observe(self.iteration - 1, sums.loss.numpy(), counts, mass)
         if not mixing.is_due(self.iteration):
             return None
-        probed, losses = None, None
-        if mixing.needs_probe:
-            probed, losses = held_out.probe(self.passes, self.data)
-        if mixing.needs_losses:
-            losses = self.evaluate()
+        probed = held_out.probe(self.passes, self.data) if mixing.needs_probe else None
+        losses = self.evaluate() if mixing.needs_losses else None
         return mixing.update(self.iteration, probed, losses)
 
     def _batch_size(self) -> int:

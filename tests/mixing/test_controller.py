@@ -72,7 +72,7 @@ def first_loads(run: RunConfig) -> tuple[Any, Any, Any]:
 
     trainer = make_trainer(run)
     run.mixing.probe_samples = 10
-    probed, _ = held_out.probe(trainer.passes, trainer.data)
+    probed = held_out.probe(trainer.passes, trainer.data)
     online: list[Any] = []
     trainer.data.mixing.observe = lambda step, losses, counts, mass: online.append(
         (counts.copy(), losses.copy())

@@ -8,7 +8,6 @@ DIR/report.png     layer by layer, where inputs of the dense FFNs are known
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from megatron_ext.construction import report as measures
 from megatron_ext.construction.statistics import Statistics
 from megatron_ext.construction.upcycling import replica_map
 from megatron_ext.errors import UserError
+from megatron_ext.files import written_whole
 
 NAME = "report"
 _MEANS = ("error", "error_all", "norm_ratio", "imbalance", "overlap")
@@ -307,6 +307,5 @@ def _draw(path: Path, values: dict[str, Any]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     errors.legend()
     figure.suptitle(f"{values['method']}, seed {values['seed']}")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

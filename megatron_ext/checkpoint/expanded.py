@@ -23,10 +23,11 @@ from megatron_ext.checkpoint.tensors import (
     Weights,
     layer_key,
 )
-from megatron_ext.checkpoint.upcycled import UpcycledWeights
+from megatron_ext.checkpoint.upcycled import UpcycledWeights, mean
 from megatron_ext.config import ModelConfig
 from megatron_ext.construction.expansion import Child, Merge, gram
-from megatron_ext.construction.routers import RouterInit, Statistics
+from megatron_ext.construction.routers import RouterInit
+from megatron_ext.construction.statistics import Statistics
 from megatron_ext.construction.upcycling import Alteration, Matrix, replica_map
 from megatron_ext.errors import UserError
 
@@ -132,10 +133,7 @@ class MeanWeights:
         self._models, self.model, self.dtype = models, models[-1].model, models[-1].dtype
 
     def tensor(self, key: str) -> Tensor:
-        total = self._models[0].tensor(key).float().clone()
-        for other in self._models[1:]:
-            total += other.tensor(key).float()
-        return (total / len(self._models)).to(self.dtype)
+        return mean(self._models, key, self.dtype)
 
     def gate_up(self, layer: int) -> tuple[Tensor, Tensor]:
         gate, up = self.tensor(layer_key(layer, FC1)).chunk(2)

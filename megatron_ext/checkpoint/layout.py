@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ import yaml
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.files import written_whole
 from megatron_ext.recipe import from_dict, to_dict
 
 MODEL_FILE = "model.yaml"
@@ -86,6 +88,12 @@ def write_model_config(path: PathLike, model: ModelConfig) -> None:
 def iteration_dir(path: PathLike, iteration: int) -> Path:
     """Where the weights of an iteration lie."""
     return Path(path) / f"iter_{iteration:07d}"
+
+
+def kept_iterations(path: PathLike) -> list[int]:
+    """Iterations that a directory holds, in order."""
+    names = (entry.name for entry in Path(path).iterdir()) if Path(path).is_dir() else ()
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))
 
 
 def latest_iteration(path: PathLike) -> int | None:
@@ -153,9 +161,8 @@ def copy_tokenizer(source: PathLike, target: PathLike) -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def check_output(output: PathLike, force: bool) -> None:

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,13 +145,10 @@ def _parts(optimizer: Any) -> dict[str, Any]:
 def _prune(root: Path, keep_latest: int) -> None:
     if keep_latest < 1:
         return
-    found = sorted(path for path in root.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name))
     best = layout.read_best(root)
-    kept = None if best is None else layout.iteration_dir(root, best[0])
-    for old in found[:-keep_latest]:
-        if old == kept:
-            continue
-        shutil.rmtree(old, ignore_errors=True)
+    for old in layout.kept_iterations(root)[:-keep_latest]:
+        if best is None or old != best[0]:
+            shutil.rmtree(layout.iteration_dir(root, old), ignore_errors=True)
 
 
 def load_run(

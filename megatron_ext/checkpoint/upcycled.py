@@ -27,7 +27,8 @@ from megatron_ext.checkpoint.tensors import (
 from megatron_ext.config import ModelConfig
 from megatron_ext.construction.merging import merge_experts, merge_weights
 from megatron_ext.construction.partition import slice_fc1, slice_fc2
-from megatron_ext.construction.routers import RouterInit, Statistics, router_weights
+from megatron_ext.construction.routers import RouterInit, router_weights
+from megatron_ext.construction.statistics import Statistics
 from megatron_ext.construction.upcycling import Alteration
 from megatron_ext.errors import UserError
 
@@ -100,7 +101,7 @@ class UpcycledWeights:
 
     def tensor(self, key: str) -> Tensor:
         if key in self._dense_keys:
-            return _mean(self._others, key)
+            return mean(self._others, key)
         _, _, number, name = key.split(".", 3)
         layer = int(number)
         if name == EXPERTS_FC1:
@@ -156,15 +157,16 @@ class UpcycledWeights:
         return fc2
 
 
-def _mean(weights: Sequence[Weights], key: str) -> Tensor:
-    """Mean of a tensor over models, in fp32 and back."""
+def mean(weights: Sequence[Weights], key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean of a tensor over models, taken in fp32; none: of the first one's type."""
     first = weights[0].tensor(key)
+    dtype = dtype or first.dtype
     if len(weights) == 1:
-        return first
+        return first.to(dtype)
     total = first.float().clone()
     for other in weights[1:]:
         total += other.tensor(key).float()
-    return (total / len(weights)).to(first.dtype)
+    return (total / len(weights)).to(dtype)
 
 
 class MergedWeights:

@@ -15,7 +15,7 @@ from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.checkpoint.tensors import Weights
-    from megatron_ext.construction.routers import Statistics
+    from megatron_ext.construction.statistics import Statistics
 
 Method = Literal["copies", "virtual_groups", "drop_upcycling", "branch_train_mix", "xft"]
 _ONLY_FOR: dict[str, tuple[Method, ...]] = {

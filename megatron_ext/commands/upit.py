@@ -8,7 +8,6 @@ conversions. Nor is the comparison of UpIT with dense tuning and plain upcycling
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from megatron_ext.checkpoint.tensors import Weights
     from megatron_ext.construction.expansion import Child, Merge, Selection
-    from megatron_ext.construction.routers import Statistics
+    from megatron_ext.construction.statistics import Statistics
 
 # Options, and what they are for.
 _ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -57,7 +56,7 @@ class Place:
             return cls(text)
         place = cls(Path(name), int(number))
         if place.path.exists() and not place.files.is_dir():
-            kept = ", ".join(map(str, kept_iterations(place.path))) or "no iteration"
+            kept = ", ".join(map(str, layout.kept_iterations(place.path))) or "no iteration"
             raise UserError(f"{name} holds no iteration {number}", f"it holds {kept}")
         return place
 
@@ -80,12 +79,6 @@ class Place:
         if self.iteration is None:
             return open_weights(self.path)
         return CheckpointWeights(self.path, self.iteration)
-
-
-def kept_iterations(run: Path) -> list[int]:
-    """Iterations that a run directory still holds, in order."""
-    names = (path.name for path in run.iterdir()) if run.is_dir() else ()
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))
 
 
 @dataclass(kw_only=True)
@@ -221,7 +214,7 @@ class Upit(Conversion):
                 )
             numbers = self.iterations.split(",")
             if self.iterations == "all":
-                numbers = [str(number) for number in kept_iterations(run)]
+                numbers = [str(number) for number in layout.kept_iterations(run)]
             elif not all(number.strip().isdigit() for number in numbers):
                 raise UserError(
                     f"iterations={self.iterations} are not numbers separated by commas",

@@ -15,7 +15,7 @@ is `std`: the one knob for how sharply any router starts. The choice is that of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,26 +23,11 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron_ext.construction.statistics import Statistics
+
 RouterInit = Literal["normal", "zero", "data", "centroids"]
 FROM_STATISTICS = ("data", "centroids")
-
-
-class LayerStatistics(Protocol):
-    """What was seen at one layer's MLP input; C groups of text."""
-
-    @property
-    def input_mean(self) -> Tensor:
-        """[C, h]"""
-
-    @property
-    def centroids(self) -> Tensor | None:
-        """[C, h]; None where no k-means was run."""
-
-
-class Statistics(Protocol):
-    """Statistics of a dense model over the user's texts (`construction.statistics`)."""
-
-    def layer(self, layer: int) -> LayerStatistics: ...
 
 
 def router_weights(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import written_whole
 
 META_FILE = "statistics.json"
 FORMAT_VERSION = 1
@@ -145,16 +146,14 @@ def write_meta(
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file so that it is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    with written_whole(file) as partial:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Write a JSON file so that it is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, file)
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def group_means(sums: Tensor, tokens: Tensor) -> Tensor:

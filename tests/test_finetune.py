@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import random
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.tiny import convert, save_llama
+from commands import ROOT, run, torchrun
 from data.chats import CHATML, save_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +22,7 @@ from megatron_ext.checkpoint.layout import read_best
 from megatron_ext.checkpoint.reader import CheckpointWeights
 from megatron_ext.checkpoint.tensors import EXPERTS_FC1, ROUTER, layer_key
 
-ROOT = Path(__file__).resolve().parents[1]
+FINETUNE = ROOT / "finetune_moe.py"
 STEPS, LENGTH = 12, 256
 
 
@@ -62,24 +60,6 @@ def conversations() -> dict[str, Iterator[dict[str, Any]]]:
     }
 
 
-def run(*command: Any) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def launch(ranks: int) -> list[Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return [*launcher, ROOT / "finetune_moe.py"]
-
-
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [row for line in lines if (row := json.loads(line))["kind"] == kind]
@@ -108,8 +88,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options += ["--eval-samples", 1, "--freeze", "router", "--keep-best", "True"]
     options += ["--strategy", "router_load", "--interval", 4, "--generate-tokens", 3]
     grid = ["--tensor-model-parallel-size", 2, "--expert-model-parallel-size", 2]
-    run(*launch(2), *options, *grid, "--train-iters", 6)
-    run(*launch(1), *options, "--train-iters", STEPS)
+    run(*torchrun(2), FINETUNE, *options, *grid, "--train-iters", 6)
+    run(*torchrun(1), FINETUNE, *options, "--train-iters", STEPS)
     convert("export", "--source", root / "run", "--output", root / "hf")
     return root
 

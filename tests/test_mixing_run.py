@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoint.tiny import convert, save_llama
+from commands import ENVIRONMENT, ROOT, run, torchrun
 from data.conftest import huggingface_directory, texts  # noqa: F401
 
 from megatron_ext.data.blend import BlendPlan
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, INTERVAL, LENGTH, BATCH, SEED = 24, 4, 64, 8, 1234
 
 
@@ -43,23 +43,6 @@ def real_text() -> dict[str, Iterator[str]]:
         for name, paths in read.items()
     }
     return {**found, "manual": iter(topics.values())}
-
-
-def run(*command: Any) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def launch(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -94,8 +77,8 @@ def resumed(
     options += ["--eval-samples", 2, "--lr", "3e-3", "--lr-warmup-iters", 2, "--seed", SEED]
     job = list(map(str, options))
     killed = subprocess.Popen(
-        [sys.executable, *launch(4), str(ROOT / "pretrain_moe.py"), *job],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *torchrun(4), str(ROOT / "pretrain_moe.py"), *job],
+        env=ENVIRONMENT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -107,7 +90,7 @@ def resumed(
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    run(*launch(2), ROOT / "pretrain_moe.py", *job, "--tensor-model-parallel-size", 1)
+    run(*torchrun(2), ROOT / "pretrain_moe.py", *job, "--tensor-model-parallel-size", 1)
     return root / "run"
 
 

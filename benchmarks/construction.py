@@ -19,19 +19,21 @@ import os
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from report import RESULTS, Row, row, write
+from stages import step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_ext.errors import UserError, run_main  # noqa: E402
+
+BEFORE = "before.out"
+"""Held-out losses before the training, as tools/evaluate.py prints them."""
 
 EIGHT: tuple[str, ...] = ("--num-experts", "8", "--moe-router-topk", "2")
 SEVEN: tuple[str, ...] = ("--num-experts", "7", "--moe-router-topk", "1")
@@ -124,7 +126,7 @@ class Study:
         source, target = str(self.model.resolve()), str(folder / "model")
         convert = ("import", "--source", source, "--output", target, "--skip-verify")
         step(folder, "construct", "tools/convert_llama.py", convert)
-        return self._train(folder, folder / "model", keep=True)
+        return self._train(folder, folder / "model")
 
     def _method(self, method: str) -> list[dict[str, Any]]:
         entry = METHODS[method]
@@ -140,11 +142,13 @@ class Study:
             command += ["--statistics", str(self._statistics(entry.statistics))]
         done = step(folder, "construct", "tools/convert_llama.py", command)
         inputs = self._statistics(entry.statistics or "hidden_8")
-        losses = self._evaluate(folder, "before", moe)
-        files = ("--dense-losses", str(dense / "before.out"), "--losses", str(folder / losses))
+        trained = self._train(folder, moe)
+        files = ("--dense-losses", str(dense / BEFORE), "--losses", str(folder / BEFORE))
         place = ("report", "--source", str(moe), "--dense", str(self.model.resolve()))
         more = ("--statistics", str(inputs), "--output", str(folder))
         step(folder, "measure", "tools/convert_llama.py", (*place, *more, *files))
+        if not self.keep:  # what was measured stays
+            shutil.rmtree(moe, ignore_errors=True)
         measured = json.loads((folder / "report.json").read_text())
         return {
             "seed": seed,
@@ -153,28 +157,24 @@ class Study:
             "activated": measured["parameters"]["activated"],
             "total": measured["parameters"]["total"],
             "error": measured["mean"]["error"],
-            **self._train(folder, moe),
+            **trained,
         }
 
-    def _train(self, folder: Path, model: Path, keep: bool = False) -> dict[str, Any]:
+    def _train(self, folder: Path, model: Path) -> dict[str, Any]:
         """Perplexity before and after the training."""
-        self._evaluate(folder, "before", model)
         run = folder / "run"
-        options = ["--load", str(model), "--save", str(run), "--seed", "1234"]
-        options += [*self._data(), "--train-iters", str(self.steps), "--lr", str(self.lr)]
+        options = ["--load", str(model), "--save", str(run), "--seed", "1234", "--eval-at-start"]
+        options += ["True", *self._data(), "--train-iters", str(self.steps), "--lr", str(self.lr)]
         options += ["--global-batch-size", str(self.global_batch_size)]
         options += ["--lr-warmup-iters", str(max(1, self.steps // 20))]
         step(folder, "train", "pretrain_moe.py", options)
-        self._evaluate(folder, "after", run)
-        if not (keep or self.keep):  # what was measured stays
-            shutil.rmtree(model, ignore_errors=True)
         for checkpoint in () if self.keep else run.glob("iter_*"):
             shutil.rmtree(checkpoint)
-        return {name: perplexity(folder / f"{name}.out") for name in ("before", "after")}
-
-    def _evaluate(self, folder: Path, name: str, load: Path) -> str:
-        step(folder, name, "tools/evaluate.py", ["--load", str(load), *self._data()])
-        return f"{name}.out"
+        losses = held_out_losses(run / "metrics.jsonl")
+        perplexities = {name: math.exp(loss) for name, loss in losses[0].items()}
+        (folder / BEFORE).write_text(json.dumps({"perplexity": perplexities}) + "\n")
+        before, after = (math.exp(statistics.fmean(losses[at].values())) for at in (0, self.steps))
+        return {"before": before, "after": after}
 
     def _data(self) -> list[str]:
         return [
@@ -235,54 +235,15 @@ class Study:
         return "\n".join(lines) + "\n"
 
 
-def step(folder: Path, name: str, program: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run a tool, once: its output goes to NAME.out, its times to NAME.json.
-
-    Raises:
-        UserError: it fails, or the folder holds the result of other arguments.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    command, done = [program, *arguments], folder / f"{name}.json"
-    if done.is_file():
-        found: dict[str, Any] = json.loads(done.read_text())
-        if found["command"] != command:
-            raise UserError(
-                f"{done} is of another study: {' '.join(found['command'])}",
-                "give the same options to go on, or another --work",
-            )
-        return found
-    print(f"{folder.name}: {name}", flush=True)
-    log, partial = folder / f"{name}.log", folder / f"{name}.out.partial"
-    start = time.monotonic()
-    with log.open("w") as errors, partial.open("w") as output:
-        process = os.posix_spawn(
-            sys.executable,
-            [sys.executable, str(ROOT / program), *arguments],
-            {**os.environ, "PYTHONPATH": str(ROOT)},
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
-                (os.POSIX_SPAWN_DUP2, errors.fileno(), 2),
-            ],
-        )
-        _, status, usage = os.wait4(process, 0)  # of this process and all that it waited for
-    if status:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise UserError(f"{' '.join(command)} failed:\n{tail}", f"all of it is in {log}")
-    os.replace(partial, folder / f"{name}.out")
-    result = {
-        "command": command,
-        "wall": time.monotonic() - start,
-        "cpu": usage.ru_utime + usage.ru_stime,
+def held_out_losses(metrics: Path) -> dict[int, dict[str, float]]:
+    """Held-out loss of each domain, at each step where a run evaluated."""
+    records = map(json.loads, metrics.read_text().splitlines())
+    mark = "loss/"
+    return {
+        record["step"]: {k.removeprefix(mark): v for k, v in record.items() if k.startswith(mark)}
+        for record in records
+        if record["kind"] == "valid"
     }
-    unfinished = done.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, done)
-    return result
-
-
-def perplexity(losses: Path) -> float:
-    """exp of the mean loss of the domains in an output of tools/evaluate.py."""
-    return math.exp(statistics.fmean(json.loads(losses.read_text())["loss"].values()))
 
 
 def _spread(values: list[float]) -> str:

@@ -64,37 +64,49 @@ class _Storage(FileSystemWriter):
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
         paths = [self._folder / file_name(place) for place in range(len(plan.items))]
-        # One tensor is written and brought to the disk while the next is read and cut.
-        with ThreadPoolExecutor(max_workers=1) as background, _without_checksums():
-            writing: Future[None] | None = None
+        # One tensor is written while the next is read and cut; the disk follows at its own speed.
+        with (
+            _without_checksums(),
+            ThreadPoolExecutor(max_workers=1) as disk,
+            ThreadPoolExecutor(max_workers=1) as writer,
+        ):
+
+            def write(path: Path, tensor: Tensor) -> Future[None]:
+                _write(path, tensor)
+                return disk.submit(self._journal.add, path)
+
+            writing: Future[Future[None]] | None = None
+            syncing = []
             for path, item in zip(paths, plan.items, strict=True):
                 if path.name not in self._journal.finished:
                     tensor = planner.resolve_data(item)
                     assert isinstance(tensor, Tensor)
                     if writing is not None:
-                        writing.result()
-                    writing = background.submit(self._write, path, tensor)
+                        syncing.append(writing.result())
+                    writing = writer.submit(write, path, tensor)
             if writing is not None:
-                writing.result()
+                syncing.append(writing.result())
+            for done in syncing:
+                done.result()
         infos = [_StorageInfo(path.name, 0, path.stat().st_size) for path in paths]
-        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        done.set_result(
+        results: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        results.set_result(
             [
                 WriteResult(item.index, info.length, info)
                 for item, info in zip(plan.items, infos, strict=True)
             ]
         )
-        return done
-
-    def _write(self, path: Path, tensor: Tensor) -> None:
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save would write all of what this is a part of
-        with path.open("wb") as stream:
-            torch.save(tensor, stream)
-        self._journal.add(path)
+        return results
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # neither this machine's path nor a random number: same bytes always
+
+
+def _write(path: Path, tensor: Tensor) -> None:
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # torch.save would write all of what this is a part of
+    with path.open("wb") as stream:
+        torch.save(tensor, stream)
 
 
 @contextmanager

@@ -190,14 +190,18 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of initialisation, sample order and gate noise."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 with CUDA, fp32 on CPU."""
+    """auto: bf16 on GPUs that have it (A100 and newer), else fp32."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Matrix products in fp8 with this scaling recipe of TransformerEngine's; none: in `precision`.
+    H100 has the first three, B200 mxfp8 too, A100 none.
+    """
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is one."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: TransformerEngine where it is installed and CUDA is used."""
-    freeze: Literal["none", "router", "reference"] = "none"
+    freeze: Literal["none", "router", "reference", "base"] = "none"
     """Leave the routers as they are; `reference`: and the experts' gate projections, as MoE-SFT's
-    code does by a match of names.
+    code does by a match of names; `base`: all but LoRA adapters and routers.
     """
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or chosen modules."""
@@ -225,6 +229,8 @@ class CheckpointConfig:
     """Take only the weights of `load`: step 0, fresh optimizer and sample order."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end and on a signal."""
+    async_save: bool = False
+    """Write checkpoints while the training goes on, from a copy in host memory."""
     keep_latest: int = 2
     """Checkpoints kept in the run directory; 0: all."""
     keep_best: bool = False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.errors import UserError
+
+LoraTarget = Literal["gate", "up", "down"]
 
 
 @dataclass
@@ -67,6 +69,14 @@ class ModelConfig:
     """Factor on the chosen experts' outputs (LLaMA-MoE: E/k), one number or one per layer."""
     moe_gate: Literal["linear", "mlp"] = "linear"
     """Router: `linear` [E, hidden], or LLaMA-MoE's `mlp` (linear, tanh, linear [E, E])."""
+    lora_rank: int | None = None
+    """Rank r of LoRA experts: adapters over one frozen FFN that a layer's experts share; none: each
+    expert is an FFN of its own.
+    """
+    lora_alpha: float = 16.0
+    """Adapters count alpha / r."""
+    lora_targets: list[LoraTarget] = field(default_factory=lambda: ["gate", "up", "down"])
+    """Matrices of the shared FFN that have adapters."""
 
     @property
     def is_moe(self) -> bool:
@@ -86,6 +96,12 @@ class ModelConfig:
         if self.num_experts is None:
             raise ValueError("a dense model has no experts")
         return self.moe_ffn_hidden_size or self.ffn_hidden_size // self.num_experts
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / r; of a model with LoRA experts."""
+        assert self.lora_rank is not None
+        return self.lora_alpha / self.lora_rank
 
     @property
     def moe_layers(self) -> list[int]:
@@ -125,6 +141,11 @@ class ModelConfig:
                 f"num_query_groups={self.kv_heads}"
             )
         if self.num_experts is None:
+            if self.lora_rank is not None:
+                raise UserError(
+                    f"lora_rank={self.lora_rank} is of experts, and there are none",
+                    "convert with --num-experts 1 to tune a dense model's FFNs by LoRA",
+                )
             return
         if not 1 <= self.moe_router_topk <= self.num_experts:
             raise UserError(
@@ -158,8 +179,30 @@ class ModelConfig:
                 "the chosen ones",
                 "set moe_shared_expert_intermediate_size, and leave moe_score_scale at 1",
             )
+        if self.lora_rank is not None:
+            self._validate_lora(self.lora_rank)
         if isinstance(self.moe_score_scale, list) and len(self.moe_score_scale) != self.num_layers:
             raise UserError(
                 f"moe_score_scale has {len(self.moe_score_scale)} values for "
                 f"{self.num_layers} layers"
+            )
+
+    def _validate_lora(self, rank: int) -> None:
+        largest = min(self.hidden_size, self.ffn_hidden_size)
+        if not 1 <= rank <= largest:
+            raise UserError(
+                f"lora_rank={rank} must lie between 1 and {largest}, the rank of a whole matrix"
+            )
+        if not self.lora_alpha > 0:
+            raise UserError(f"lora_alpha={self.lora_alpha} must be above 0")
+        targets = self.lora_targets
+        if not targets or len(set(targets)) < len(targets):
+            raise UserError(
+                f"lora_targets={targets} are not different matrices", "name gate, up or down"
+            )
+        if self.expert_width != self.ffn_hidden_size:
+            raise UserError(
+                f"LoRA experts are as wide as the FFN that they share, {self.ffn_hidden_size}, "
+                f"not {self.expert_width}",
+                f"set moe_ffn_hidden_size to {self.ffn_hidden_size}",
             )

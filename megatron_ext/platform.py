@@ -14,12 +14,12 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.versions import installed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Platform:
     """`transformer_engine` or `local`."""
     description: str
     """One line for the log: what was chosen, what is missing."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability: (8, 0) for A100, (9, 0) for H100."""
 
     @property
     def is_cuda(self) -> bool:
@@ -45,14 +47,6 @@ class Platform:
     def backend(self) -> str:
         """The torch.distributed backend; gloo beside NCCL serves CPU tensors of checkpoints."""
         return "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo"
-
-
-def installed(package: str) -> str | None:
-    """Version of an importable distribution, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def megatron_core_version() -> str:
@@ -111,7 +105,8 @@ def setup(device: str = "auto", transformer_impl: str = "auto") -> Platform:
     )
     versions = f"torch {torch.__version__}, megatron-core {core}"
     description = f"{name}; {transformer_impl} layers; {versions}; {'; '.join(extras)}"
-    return Platform(chosen, transformer_impl, description)
+    capability = torch.cuda.get_device_capability(chosen) if has_cuda else None
+    return Platform(chosen, transformer_impl, description, capability)
 
 
 def init_process_group(platform: Platform, timeout_minutes: float = 30.0) -> None:
@@ -133,33 +128,44 @@ def init_process_group(platform: Platform, timeout_minutes: float = 30.0) -> Non
         )
 
 
-def synchronous_save_strategy() -> Any:
+def save_strategy(staged: bool = False) -> Any:
     """megatron-core's torch_dist format, written by this process.
 
     megatron-core's own strategy starts helper processes even for a synchronous save: they import
     the main module again (seconds for each rank), hang for ever if psutil is missing, and outlive a
     rank that is killed.
+
+    Args:
+        staged: `save` only copies this rank's part to host memory; its method `write` writes
+            it, over a process group of the save's own.
     """
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
     core: Any = torch_dist
 
-    class SynchronousSave(core.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    class Save(core.TorchDistSaveShardedStrategy):  # type: ignore[misc]
         def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-            sharded_state_dict, _, _ = core._replace_state_dict_keys_with_sharded_keys(
+            parts, _, _ = core._replace_state_dict_keys_with_sharded_keys(
                 sharded_state_dict, self.keep_only_main_replica
             )
-            dcp.save(
-                core.mcore_to_pyt_state_dict(sharded_state_dict, False),
+            if staged:
+                for part in (part for same_key in parts.values() for part in same_key):
+                    if isinstance(part, core.ShardedTensor):  # objects are pickled below
+                        part.data = part.data.detach().to("cpu", copy=True)
+            self.write = functools.partial(
+                dcp.save,
+                core.mcore_to_pyt_state_dict(parts, False),
                 storage_writer=dcp.FileSystemWriter(checkpoint_dir),
                 planner=core.MCoreSavePlanner(
                     dedup_replicated_tensors=not self.keep_only_main_replica,
                     flatten_state_dict=False,
                 ),
             )
+            if not staged:
+                self.write()
 
-    return SynchronousSave("torch_dist", 1)
+    return Save("torch_dist", 1)
 
 
 # --- CPU

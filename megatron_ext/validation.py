@@ -25,11 +25,28 @@ def validate(run: RunConfig, world_size: int) -> None:
         if getattr(section, name) < 1:
             raise UserError(f"{name}={getattr(section, name)} must be at least 1")
     validate_grid(run, world_size)
+    validate_fp8(run)
+    if run.parallel.overlap_param_gather and not run.parallel.overlap_grad_reduce:
+        raise UserError(
+            "overlap_param_gather=true without overlap_grad_reduce: parameters are gathered in the "
+            "buckets in which gradients travel",
+            "set both",
+        )
     if run.training.freeze == "reference" and run.optimizer.weight_decay:
         raise UserError(
             f"training.freeze=reference with weight_decay={run.optimizer.weight_decay}: the decay "
             "would shrink the frozen projections",
             "set weight_decay to 0, as MoE-SFT",
+        )
+    if run.training.freeze == "reference" and run.model.lora_rank is not None:
+        raise UserError(
+            "training.freeze=reference is of experts with gate projections of their own",
+            "LoRA experts share one that never moves: use router, base or none",
+        )
+    if run.training.freeze == "base" and run.model.lora_rank is None:
+        raise UserError(
+            "training.freeze=base leaves LoRA adapters to train, and the model has none",
+            "convert with --lora-rank, or freeze router or nothing",
         )
     if run.logging.generate_tokens and (
         run.data.task != "sft" or run.parallel.context_parallel_size > 1
@@ -157,3 +174,34 @@ def validate_grid(config: RunConfig, world_size: int) -> None:
             f"({training.global_batch_size // per_step}) to be a multiple of "
             f"pipeline_model_parallel_size={pp}"
         )
+
+
+def validate_fp8(run: RunConfig) -> None:
+    """What no GPU can do in fp8; TransformerEngine's products want multiples of 16."""
+    training, model, parallel = run.training, run.model, run.parallel
+    if training.fp8 == "none":
+        return
+    if training.precision == "fp32":
+        raise UserError(f"fp8={training.fp8} with precision=fp32", "use precision=bf16 or auto")
+    if training.recompute_granularity == "full":
+        raise UserError(
+            f"fp8={training.fp8} with recompute_granularity=full: TransformerEngine does not say "
+            "that it recomputes, and router loads would be counted twice",
+            "use recompute_granularity: selective, or none",
+        )
+    tp = parallel.tensor_model_parallel_size
+    share = tp * parallel.context_parallel_size
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "heads x kv_channels of a rank": model.num_attention_heads * model.head_dim // tp,
+        "num_query_groups x kv_channels of a rank": model.kv_heads * model.head_dim // tp,
+        "ffn_hidden_size of a rank": model.ffn_hidden_size // tp,
+        "tokens of a rank": training.micro_batch_size * run.data.seq_length // share,
+    }
+    if model.is_moe:
+        sizes["expert width of a rank"] = model.expert_width // parallel.expert_tp
+    if model.moe_shared_expert_intermediate_size:
+        sizes["shared expert of a rank"] = model.moe_shared_expert_intermediate_size // tp
+    for name, size in sizes.items():
+        if size % 16:
+            raise UserError(f"fp8={training.fp8}: {name} {size} is not a multiple of 16")

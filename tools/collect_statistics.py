@@ -163,9 +163,9 @@ def collect(options: Options) -> None:
     check_output(options.output, settings)
     grid = grids.initialize(run)
 
-    from megatron_ext.training.collect import Collector, load_dense
+    from megatron_ext.training.collect import Collector, load_frozen
 
-    model = load_dense(run, grid)
+    model = load_frozen(run, grid)
     collector = Collector(run, grid, model, pool, settings, options.output, options.sentence_model)
     loss = collector.collect()
     if grid.is_main:

@@ -21,6 +21,7 @@ def main() -> int:
     if not run.checkpoint.load:
         raise UserError("no checkpoint", "name a converted checkpoint or a run with --load")
     run.checkpoint.save, run.checkpoint.finetune = None, True  # read, and only its weights
+    run.mixing = type(run.mixing)()  # what the blend would follow does not matter here
 
     from megatron_ext.training import grid as grids
 

@@ -36,6 +36,12 @@ shift
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Ranks share the cores by themselves (--threads); set, torchrun does not warn about it.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Kernels start in the order of their launch: megatron-core's overlap of tensor-parallel communication
+# with computation relies on it on A100 and H100.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Uneven expert loads ask for blocks of ever new sizes: growing segments keep memory from
+# fragmenting.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # Where torchrun itself is told to end, it gives the ranks 5 minutes to save instead of 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint.experts import fingerprint, recorded_neurons
 from megatron_ext.checkpoint.layout import read_construction, write_text
+from megatron_ext.checkpoint.lora import full_experts
 from megatron_ext.checkpoint.reader import CheckpointWeights
 from megatron_ext.checkpoint.tensors import (
     EXPERTS_FC1,
@@ -148,7 +149,8 @@ def _neurons(construction: dict[str, Any], model: ModelConfig) -> dict[int, Tens
 def _measure(
     moe: Weights, dense: Weights, layer: int, x: Tensor, partitioned: bool
 ) -> dict[str, Any]:
-    model, x = moe.model, x.float()
+    moe, x = full_experts(moe), x.float()
+    model = moe.model
 
     def weight(name: str, there: object = True) -> Tensor | None:
         return moe.tensor(layer_key(layer, name)) if there else None

@@ -155,7 +155,8 @@ def fingerprint(weights: Weights) -> str:
     """Names a model by its shape and the weights of its norms: the same for every file format."""
     model = weights.model
     # What a dense model has: options of experts may be added without giving it another name.
-    shape = {k: v for k, v in to_dict(model).items() if not k.startswith(("moe_", "num_experts"))}
+    options = ("moe_", "lora_", "num_experts")
+    shape = {k: v for k, v in to_dict(model).items() if not k.startswith(options)}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     norms = [
         layer_key(layer, name)

@@ -5,7 +5,7 @@
     residual expert, dense layers, or k = 1        Qwen2MoeForCausalLM
 
 Each of them chooses k experts and softmaxes as our router does; the score scale is folded into the
-experts' down_proj, which the FFN is linear in.
+experts' down_proj, which the FFN is linear in. LoRA experts become full ones.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_ext.checkpoint.hf import (
     rope_to_hf,
 )
 from megatron_ext.checkpoint.layout import GENERATION_FILE, write_text
+from megatron_ext.checkpoint.lora import full_experts
 from megatron_ext.checkpoint.reader import CheckpointWeights
 from megatron_ext.checkpoint.tensors import (
     EXPERTS_FC1,
@@ -35,6 +36,7 @@ from megatron_ext.checkpoint.tensors import (
     ROUTER,
     SHARED_FC1,
     SHARED_FC2,
+    Weights,
     layer_key,
     tensor_shapes,
 )
@@ -242,7 +244,8 @@ def export(
     Raises:
         UserError: no transformers class computes what the model does.
     """
-    model = checkpoint.model
+    weights = full_experts(checkpoint)
+    model = weights.model
     if any(key.endswith("router.expert_bias") for key in checkpoint.stored):
         raise UserError(
             "the model was trained with moe_router_enable_expert_bias: sigmoid scores and a biased "
@@ -262,7 +265,7 @@ def export(
             file_name = file_name if len(files) > 1 else "model.safetensors"
             tensors: dict[str, Tensor] = {}
             for group in file:
-                tensors |= _produce(checkpoint, group, dtype)
+                tensors |= _produce(weights, group, dtype)
                 bar.update(len(group.names))
             _save(tensors, folder / file_name)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -290,8 +293,8 @@ def _pack(all_groups: list[Group], itemsize: int, limit: int) -> list[list[Group
     return files
 
 
-def _produce(checkpoint: CheckpointWeights, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-    source = torch.empty(0) if group.key is None else checkpoint.tensor(group.key)
+def _produce(weights: Weights, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+    source = torch.empty(0) if group.key is None else weights.tensor(group.key)
     parts = group.split(source)
     result = {}
     for name, shape, part in zip(group.names, group.shapes, parts, strict=True):

@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.background import BackgroundSaves
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
-from megatron_ext.platform import synchronous_save_strategy
+from megatron_ext.platform import save_strategy
 from megatron_ext.recipe import to_dict
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ def save_run(
     scheduler: Any,
     state: dict[str, Any],
     keep_latest: int = 2,
+    background: BackgroundSaves | None = None,
 ) -> Path:
     """Write the checkpoint of `iteration`; collective over all ranks.
 
@@ -91,10 +94,13 @@ def save_run(
         model: this rank's chunks.
         state: what else resumes the run (JSON values): sample order, counters.
         keep_latest: older checkpoints are removed; 0 keeps all.
+        background: write while the training goes on, from a copy; None: before this returns.
 
     Returns:
         The checkpoint's directory.
     """
+    if background is not None:
+        background.wait()
     root = Path(directory)
     final = layout.iteration_dir(root, iteration)
     partial = final.with_name(final.name + ".incomplete")
@@ -103,18 +109,32 @@ def save_run(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
+    for chunk in model:
+        # Overlapped, the parameters that other ranks updated come with the next forward pass only.
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     sharded = model_state_dict(model)
     sharded["optimizer"] = _optimizer_state_dict(optimizer, sharded)
-    dist_checkpointing.save(sharded, str(partial), synchronous_save_strategy())
-    if is_main:
-        state = {**state, "iteration": iteration, "scheduler": scheduler.state_dict()}
-        (partial / RUN_STATE).write_text(json.dumps(state))
+    _add_other_stages(sharded["optimizer"])
+    strategy = save_strategy(staged=background is not None)
+    dist_checkpointing.save(sharded, str(partial), strategy)
+    text = json.dumps({**state, "iteration": iteration, "scheduler": scheduler.state_dict()})
+
+    def publish() -> None:
+        if not is_main:
+            return
+        (partial / RUN_STATE).write_text(text)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
         layout.write_latest(root, iteration)
         _prune(root, keep_latest)
-    torch.distributed.barrier()
+
+    if background is not None:
+        background.start(strategy.write, publish)
+    else:
+        publish()
+        torch.distributed.barrier()
     return final
 
 
@@ -133,6 +153,29 @@ def _optimizer_state_dict(
         add_prefix_for_sharding(part_state, f"optimizer.{kind}.")
         state[kind] = part_state
     return state
+
+
+def _add_other_stages(state: dict[str, Any]) -> None:
+    """Add what only later stages know of what is saved once (collective).
+
+    megatron-core takes values that are not sharded, as an optimizer's step, from rank 0; where the
+    first stage has dense layers only, the expert optimizer of that rank has no parameters.
+    """
+    plain, _ = extract_matching_values(state, lambda value: not isinstance(value, ShardedBase))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(stages, plain, group=group)
+    for stage in stages:
+        _add_missing(state, stage)
+
+
+def _add_missing(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """What `more` holds and `values` does not, at any depth of dictionaries."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _add_missing(values[key], value)
+        else:
+            values.setdefault(key, value)
 
 
 def _parts(optimizer: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ read them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.model_config import LoraTarget
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -32,6 +34,15 @@ EXPERTS_FC1 = "mlp.experts.experts.linear_fc1.weight"
 EXPERTS_FC2 = "mlp.experts.experts.linear_fc2.weight"
 SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
 SHARED_FC2 = "mlp.shared_experts.linear_fc2.weight"
+
+
+def lora_names(targets: Iterable[LoraTarget]) -> dict[LoraTarget, tuple[str, str]]:
+    """Names of each target's factors A [E, r, in] and B [E, out, r], beside FC1 and FC2, which the
+    experts share.
+    """
+    prefix = "mlp.experts.experts.lora"
+    return {target: (f"{prefix}_{target}_a", f"{prefix}_{target}_b") for target in targets}
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK = 1 << 17
@@ -89,7 +100,13 @@ def _layer_shapes(
     shapes.append((ROUTER, (experts, h)))
     if model.moe_gate == "mlp":
         shapes.append((ROUTER_OUT, (experts, experts)))
-    shapes += [(EXPERTS_FC1, (experts, 2 * m, h)), (EXPERTS_FC2, (experts, h, m))]
+    if model.lora_rank is None:
+        shapes += [(EXPERTS_FC1, (experts, 2 * m, h)), (EXPERTS_FC2, (experts, h, m))]
+    else:
+        shapes += [(FC1, (2 * m, h)), (FC2, (h, m))]
+        for target, (a, b) in lora_names(model.lora_targets).items():
+            into, out = (m, h) if target == "down" else (h, m)
+            shapes += [(a, (experts, model.lora_rank, into)), (b, (experts, out, model.lora_rank))]
     if model.moe_shared_expert_intermediate_size:
         r = model.moe_shared_expert_intermediate_size
         shapes += [(SHARED_FC1, (2 * r, h)), (SHARED_FC2, (h, r))]

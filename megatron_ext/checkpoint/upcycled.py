@@ -226,7 +226,7 @@ class MergedWeights:
             **{
                 field.name: getattr(plain, field.name)
                 for field in dataclasses.fields(plain)
-                if field.name.startswith("moe_")
+                if field.name.startswith(("moe_", "lora_"))
             },
         )
 

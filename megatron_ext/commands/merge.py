@@ -29,6 +29,7 @@ class Merge(Conversion):
 
     def run(self) -> None:
         from megatron_ext.checkpoint import layout, verify
+        from megatron_ext.checkpoint.lora import full_experts
         from megatron_ext.checkpoint.reader import CheckpointWeights
         from megatron_ext.checkpoint.upcycled import MergedWeights
 
@@ -37,7 +38,7 @@ class Merge(Conversion):
         shared = self.shared_weight
         if shared is None and experts.model.moe_shared_expert_intermediate_size:
             shared = 0.75
-        merged = MergedWeights(experts, shared, self._coefficients())
+        merged = MergedWeights(full_experts(experts), shared, self._coefficients())
         job = layout.describe_job(self)
         with layout.staged_directory(self.output, self.force, job) as folder:
             self.write(folder, self.source, merged)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from megatron_ext.commands.common import Conversion, check_paths
+from megatron_ext.commands.common import check_paths
+from megatron_ext.commands.lora import LoraConversion
 from megatron_ext.commands.report import write_report
 from megatron_ext.errors import UserError
 
@@ -29,7 +30,7 @@ _ONLY_FOR: dict[str, tuple[Method, ...]] = {
 
 
 @dataclass(kw_only=True)
-class Upcycle(Conversion):
+class Upcycle(LoraConversion):
     """Copy dense FFNs into experts: a model that is larger, but computes the same per token.
 
     copies: experts are whole FFNs (sparse upcycling). virtual_groups: they are shards of FFNs.
@@ -105,7 +106,7 @@ class Upcycle(Conversion):
             fc1_factor=fc1_factor,
             fc2_factor=fc2_factor,
         )
-        weights = UpcycledWeights(
+        copied = UpcycledWeights(
             sources,
             model,
             neurons,
@@ -116,6 +117,7 @@ class Upcycle(Conversion):
             self._statistics(model, dense),
             opened[-1] if self.base else None,
         )
+        weights = self.as_lora(dense, copied, self.seed)
         job = layout.describe_job(self)
         with layout.staged_directory(self.output, self.force, job) as folder:
             layout.write_construction(folder, self._describe(places, opened))
@@ -138,6 +140,12 @@ class Upcycle(Conversion):
                 )
         if self.seed < 0 or self.noise < 0:
             raise UserError(f"seed={self.seed} and noise={self.noise} must not be negative")
+        if self.lora_rank is not None and (self.method != "copies" or self.noise):
+            raise UserError(
+                f"LoRA experts start as the dense FFN, not with method {self.method}, noise "
+                f"{self.noise}",
+                "use method copies without noise: adapters start from random numbers",
+            )
         if not 0 <= self.drop_ratio <= 1:
             raise UserError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1")
         several = self.method == "branch_train_mix"
@@ -209,7 +217,9 @@ class Upcycle(Conversion):
         from megatron_ext.checkpoint.tensors import DTYPES
 
         copied = self.method in ("copies", "virtual_groups", "xft") and not self.noise
-        sums_to_one = self.moe_router_topk > 1 or self.method == "xft" or self.router_init == "zero"
+        alone = self.num_experts == 1
+        sums_to_one = self.moe_router_topk > 1 or self.method == "xft" or alone
+        sums_to_one = sums_to_one or self.router_init == "zero"
         whole_bits = DTYPES.get(self.dtype, source) == DTYPES["fp32"]
         power_of_two = self.granularity & (self.granularity - 1) == 0
         scaled = self.weight_scaling == "score" or (
@@ -222,6 +232,7 @@ class Upcycle(Conversion):
         from megatron_ext.checkpoint.experts import fingerprint
 
         options = {name: getattr(self, name) for name, m in _ONLY_FOR.items() if self.method in m}
+        options |= self.lora_options()
         if self.base is not None:
             options["base"] = self.base.name
         router: dict[str, Any] = {

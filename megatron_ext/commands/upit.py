@@ -1,8 +1,7 @@
 """Checkpoints of an instruction-tuning run become experts (UpIT, arXiv 2410.01610).
 
-Experts and their expansion are here. UpIT's router pre-optimisation (stage 3: routing vectors that
-are trained on the data each expert is best at) is not; routers start as those of the other
-conversions. Nor is the comparison of UpIT with dense tuning and plain upcycling.
+Experts and their expansion are here. Routers start as those of the other conversions; the paper's,
+trained on the data that each expert is best at, are made by tools/initialise_router.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.commands.common import Conversion, check_paths
+from megatron_ext.commands.common import check_paths
+from megatron_ext.commands.lora import LoraConversion
 from megatron_ext.commands.report import write_report
 from megatron_ext.errors import UserError
 
@@ -73,20 +73,23 @@ class Place:
         return f"{self.path.name}{at}"
 
     def open(self) -> Weights:
+        """A dense model; a mixture of one expert (LoRA tuning) counts as one."""
         from megatron_ext.checkpoint.hf import open_weights
+        from megatron_ext.checkpoint.lora import as_dense
         from megatron_ext.checkpoint.reader import CheckpointWeights
 
         if self.iteration is None:
-            return open_weights(self.path)
-        return CheckpointWeights(self.path, self.iteration)
+            return as_dense(open_weights(self.path))
+        return as_dense(CheckpointWeights(self.path, self.iteration))
 
 
 @dataclass(kw_only=True)
-class Upit(Conversion):
+class Upit(LoraConversion):
     """Make the checkpoints of an instruction-tuning run experts, and merge more out of them.
 
     The first experts are the checkpoints' FFNs. Each further one is the base plus a merge of two
-    experts' differences to it: of the two that are least alike, unless told otherwise.
+    experts' differences to it: of the two that are least alike, unless told otherwise. With
+    --lora-rank every difference becomes an adapter of that rank over the base's FFN.
     """
 
     base: Path
@@ -175,7 +178,7 @@ class Upit(Conversion):
         model = self._model(base.model)
         statistics = self._statistics(model, reference)
         plans, grams = self._plan(base, checkpoints, model.moe_layers, selection, merge)
-        weights = ExpandedWeights(
+        experts = ExpandedWeights(
             base,
             checkpoints,
             MeanWeights(checkpoints) if self.rest == "average" else reference,
@@ -187,20 +190,39 @@ class Upit(Conversion):
             self.router_init_std,
             statistics,
         )
+        weights = self.as_lora(base, experts, self.seed)
         files = [place.files for place in places]
         job = layout.describe_job(
             dataclasses.replace(self, source=files[:-1], base=files[-1], iterations=None)
         )
         with layout.staged_directory(self.output, self.force, job) as folder:
-            layout.write_construction(folder, self._describe(places, opened, plans, grams))
+            construction = self._describe(places, opened, plans, grams)
+            layout.write_construction(folder, construction)
             self.write(folder, places[-2].path, weights)
-            check_checkpoints(CheckpointWeights(folder), checkpoints)
+            stored = CheckpointWeights(folder)
+            if self.lora_rank is None:
+                check_checkpoints(stored, checkpoints)
+            else:
+                construction["lost"] = self._lost(stored, experts, base)
+                layout.write_construction(folder, construction)
             if not self.skip_verify:
                 for place, source in zip(places[:-1], checkpoints, strict=True):
                     error = verify.check_upcycled(source, folder, exact=False)
                     print(f"logits at step 0 against {place.name}: relative error {error:.1e}")
             write_report(folder, reference, self.statistics)
         print(f"done: {self.output}")
+
+    def _lost(self, stored: Weights, experts: Weights, base: Weights) -> dict[str, list[float]]:
+        """Share of each expert's difference to the base that its adapters lack, layer by layer."""
+        from megatron_ext.checkpoint.lora import lost
+
+        shares = lost(stored, experts, base)
+        for expert, share in enumerate(shares.mean(0).tolist()):
+            print(f"expert {expert}: adapters lack {100 * share:.2g} % of its difference to base")
+        return {
+            str(layer): row
+            for layer, row in zip(stored.model.moe_layers, shares.tolist(), strict=True)
+        }
 
     def _sources(self) -> list[Place]:
         """The checkpoints, each once."""
@@ -311,6 +333,7 @@ class Upit(Conversion):
         for name, (choice, values) in _ONLY_FOR.items():
             if getattr(self, choice) in values:
                 options[name] = getattr(self, name)
+        options |= self.lora_options()
         router: dict[str, Any] = {
             "gate": "linear",
             "init": self.router_init,

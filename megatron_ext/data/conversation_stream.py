@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_ext.data.packing import best_fit_decreasing
+from megatron_ext.data.packing import pack
 from megatron_ext.data.permutation import mix_key
 from megatron_ext.data.stream import open_indexed, sample_index, stream_key
 from megatron_ext.errors import UserError
@@ -45,7 +45,7 @@ class ConversationStream:
         seq_length: S.
         seed: with `name`, keys the order of the rows.
         name: the data set's name in the blend.
-        packing: `packed` (best-fit-decreasing) or `padded` (a conversation a row).
+        packing: `packed` (data/packing.py) or `padded` (a conversation a row).
 
     Raises:
         UserError: a file is missing, damaged, or holds conversations longer than a row.
@@ -78,7 +78,7 @@ class ConversationStream:
             )
         conversations = len(self._lengths)
         if self.packed:
-            rows = best_fit_decreasing(self._lengths, seq_length)
+            rows = pack(self._lengths, seq_length)
             # Numbered anew at random: the first ones, which are evaluated, would be the longest.
             order = np.argsort(mix_key(np.arange(rows.max() + 1)), kind="stable")
             rows = np.argsort(order)[rows]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ext.config import RunConfig
+from megatron_ext.config import ModelConfig, RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.model.attention import SdpaAttention
 from megatron_ext.model.experts import LocalExperts, mark_expert_parameter
 from megatron_ext.model.head import LlamaMoeModel
+from megatron_ext.model.kernels import kernel_values, uses_bf16
+from megatron_ext.model.lora import LoraExperts
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.packed import attends_to_packed_rows
 from megatron_ext.model.router import LlamaMoeRouter
@@ -42,6 +44,9 @@ class LlamaMoeTransformerConfig(TransformerConfig):
     moe_cv2_coeff: float = 0.0
     moe_score_scale: float | list[float] = 1.0
     moe_xft_routing: bool = False
+    lora_rank: int | None = None
+    lora_scale: float = 1.0
+    lora_targets: list[str] = field(default_factory=list)
     initialisation_seed: int = 0
 
     def score_scale(self, layer: int) -> float:
@@ -52,8 +57,7 @@ class LlamaMoeTransformerConfig(TransformerConfig):
 def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransformerConfig:
     """megatron-core's configuration of a run."""
     model, parallel, training = run.model, run.parallel, run.training
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and platform.is_cuda)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if uses_bf16(run, platform) else torch.float32
     values: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -71,7 +75,6 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
         init_method=functools.partial(_normal_, std=model.init_method_std),
         output_layer_init_method=functools.partial(_normal_, std=model.init_method_std),
         init_method_std=model.init_method_std,
-        bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -91,11 +94,7 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         attention_softmax_in_fp32=True,
         persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=platform.transformer_impl == "transformer_engine",
         transformer_impl=platform.transformer_impl,
         initialisation_seed=training.seed,
         recompute_granularity=training.recompute_granularity,
@@ -104,15 +103,16 @@ def transformer_config(run: RunConfig, platform: Platform) -> LlamaMoeTransforme
         if training.recompute_granularity == "full"
         else None,
     )
+    values |= kernel_values(run, platform)
     if model.is_moe:
-        values |= _moe_values(run, platform)
+        values |= _moe_values(run)
     # CPU tensors are initialised by megatron-core's CPU path, which draws the whole matrix on every
     # rank and cuts out the rank's share: the weights do not depend on the grid.
     values["use_cpu_initialization"] = not platform.is_cuda
     return LlamaMoeTransformerConfig(**values)
 
 
-def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
+def _moe_values(run: RunConfig) -> dict[str, Any]:
     model, router = run.model, run.router
     if router.moe_router_enable_expert_bias and model.moe_shared_expert_gate == "xft":
         raise UserError(
@@ -140,14 +140,23 @@ def _moe_values(run: RunConfig, platform: Platform) -> dict[str, Any]:
         moe_router_pre_softmax=model.moe_router_topk == 1,
         moe_router_dtype=router.moe_router_dtype,
         moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
-        moe_grouped_gemm=platform.transformer_impl == "transformer_engine",
-        moe_permute_fusion=False,
         moe_gate=model.moe_gate,
         moe_gate_noise=router.moe_gate_noise,
         moe_balance_loss=router.moe_balance_loss,
         moe_cv2_coeff=router.moe_aux_loss_coeff,
         moe_score_scale=model.moe_score_scale,
         moe_xft_routing=model.moe_shared_expert_gate == "xft",
+        **_lora_values(model),
+    )
+
+
+def _lora_values(model: ModelConfig) -> dict[str, Any]:
+    if model.lora_rank is None:
+        return {}
+    return dict(
+        lora_rank=model.lora_rank,
+        lora_scale=model.lora_scale,
+        lora_targets=model.lora_targets,
     )
 
 
@@ -206,7 +215,9 @@ def layer_specs(
                 **parts.sharded_state_dict_keys_map,
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
             }
-            if local:
+            if config.lora_rank is not None:
+                moe.experts = LoraExperts
+            elif local:
                 moe.experts = LocalExperts
     return block
 

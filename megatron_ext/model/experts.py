@@ -7,6 +7,7 @@ Shapes: T tokens sent to this rank (sorted by expert), e local experts, m expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,15 +30,12 @@ class SwigluExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, probs: Tensor, counts: list[int]
     ) -> Tensor:
         """x [T, h], w1 [e, 2m, h] (gate rows, then up rows), w2 [e, h, m], probs [T] -> [T, h]."""
-        m = w2.shape[2]
-        both = x.new_empty(x.shape[0], 2 * m)
+        both = x.new_empty(x.shape[0], 2 * w2.shape[2])
         out = torch.empty_like(x)
-        spans = _spans(counts)
+        spans = spans_of(counts)
         for expert, (start, end) in spans:
             torch.mm(x[start:end], w1[expert].t(), out=both[start:end])
-        gate, up = both[:, :m], both[:, m:]
-        hidden = torch.nn.functional.silu(gate).mul_(up)
-        weighted = hidden * probs.unsqueeze(1).to(hidden.dtype)
+        weighted = weighted_swiglu(both, probs)
         for expert, (start, end) in spans:
             torch.mm(weighted[start:end], w2[expert].t(), out=out[start:end])
         ctx.save_for_backward(x, w1, w2, probs, both, weighted)
@@ -48,27 +46,20 @@ class SwigluExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, w1, w2, probs, both, weighted = ctx.saved_tensors
-        m = w2.shape[2]
         grad = grad.contiguous()
-        grad_w1, fused_w1 = _gradient_buffer(w1)
-        grad_w2, fused_w2 = _gradient_buffer(w2)
+        trains = ctx.needs_input_grad[1]  # not where routers alone are trained
+        grad_w1, fused_w1 = gradient_buffer(w1) if trains else (None, True)
+        grad_w2, fused_w2 = gradient_buffer(w2) if trains else (None, True)
         grad_weighted = torch.empty_like(weighted)
         for expert, (start, end) in ctx.spans:
-            grad_w2[expert].addmm_(grad[start:end].t(), weighted[start:end])
+            if grad_w2 is not None:
+                grad_w2[expert].addmm_(grad[start:end].t(), weighted[start:end])
             torch.mm(grad[start:end], w2[expert], out=grad_weighted[start:end])
-        gate, up = both[:, :m], both[:, m:]
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        hidden = silu * up
-        grad_probs = (grad_weighted * hidden).sum(1).to(probs.dtype)
-        grad_hidden = grad_weighted.mul_(probs.unsqueeze(1).to(hidden.dtype))
-        grad_both = torch.empty_like(both)
-        # d SiLU(g)/dg = sigmoid(g) (1 + g (1 - sigmoid(g))) = sigmoid + silu - silu * sigmoid
-        torch.mul(grad_hidden * up, sigmoid + silu - silu * sigmoid, out=grad_both[:, :m])
-        torch.mul(grad_hidden, silu, out=grad_both[:, m:])
+        grad_both, grad_probs = weighted_swiglu_backward(both, probs, grad_weighted)
         grad_x = torch.empty_like(x)
         for expert, (start, end) in ctx.spans:
-            grad_w1[expert].addmm_(grad_both[start:end].t(), x[start:end])
+            if grad_w1 is not None:
+                grad_w1[expert].addmm_(grad_both[start:end].t(), x[start:end])
             torch.mm(grad_both[start:end], w1[expert], out=grad_x[start:end])
         return (
             grad_x,
@@ -79,7 +70,37 @@ class SwigluExperts(torch.autograd.Function):
         )
 
 
-def _gradient_buffer(weight: Tensor) -> tuple[Tensor, bool]:
+def weighted_swiglu(both: Tensor, probs: Tensor) -> Tensor:
+    """probs_t * SiLU(gate_t) * up_t.
+
+    Args:
+        both: [T, 2m], gate and up.
+        probs: [T].
+    """
+    gate, up = both.chunk(2, dim=1)
+    hidden = torch.nn.functional.silu(gate).mul_(up)
+    return hidden * probs.unsqueeze(1).to(hidden.dtype)
+
+
+def weighted_swiglu_backward(
+    both: Tensor, probs: Tensor, grad_weighted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients [T, 2m] and [T] of `weighted_swiglu`; `grad_weighted` [T, m] is written over."""
+    gate, up = both.chunk(2, dim=1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    hidden = silu * up
+    grad_probs = (grad_weighted * hidden).sum(1).to(probs.dtype)
+    grad_hidden = grad_weighted.mul_(probs.unsqueeze(1).to(hidden.dtype))
+    grad_both = torch.empty_like(both)
+    grad_gate, grad_up = grad_both.chunk(2, dim=1)
+    # d SiLU(g)/dg = sigmoid(g) (1 + g (1 - sigmoid(g))) = sigmoid + silu - silu * sigmoid
+    torch.mul(grad_hidden * up, sigmoid + silu - silu * sigmoid, out=grad_gate)
+    torch.mul(grad_hidden, silu, out=grad_up)
+    return grad_both, grad_probs
+
+
+def gradient_buffer(weight: Tensor) -> tuple[Tensor, bool]:
     """Where a weight gradient is added up, and whether that is megatron-core's own buffer already.
 
     Adding the product straight into DDP's `main_grad` saves two passes over the weights.
@@ -90,7 +111,7 @@ def _gradient_buffer(weight: Tensor) -> tuple[Tensor, bool]:
     return torch.zeros_like(weight), False
 
 
-def _spans(counts: list[int]) -> list[tuple[int, tuple[int, int]]]:
+def spans_of(counts: list[int]) -> list[tuple[int, tuple[int, int]]]:
     """(expert, (first token, last token + 1)) of the experts that got tokens."""
     spans, start = [], 0
     for expert, count in enumerate(counts):
@@ -190,25 +211,11 @@ class LocalExperts(MegatronModule):
                 prepend_axis_num=axis,
             )
 
-        def split_gate_up(
-            key: str, data: Tensor, replica: Any, flattened_range: Any
-        ) -> list[ShardedTensor]:
-            # A rank holds its share of the gate rows and of the up rows: two blocks of the global
-            # tensor.
-            width = data.shape[1] // 2
-            return [
-                sharded(key, data[:, :width].contiguous(), (axis + 1, tp_rank, 2 * tp), replica),
-                sharded(
-                    key, data[:, width:].contiguous(), (axis + 1, tp + tp_rank, 2 * tp), replica
-                ),
-            ]
+        def half(key: str, data: Tensor, number: int, replica: Any) -> ShardedTensor:
+            return sharded(key, data, (axis + 1, number * tp + tp_rank, 2 * tp), replica)
 
-        fc1 = ShardedTensorFactory(
-            f"{prefix}experts.linear_fc1.weight",
-            self.linear_fc1,
-            split_gate_up,
-            lambda blocks: torch.cat(blocks, dim=1),
-            replica_id,
+        fc1 = sharded_gate_up(
+            f"{prefix}experts.linear_fc1.weight", self.linear_fc1, half, replica_id
         )
         fc2 = sharded(
             f"{prefix}experts.linear_fc2.weight",
@@ -217,6 +224,27 @@ class LocalExperts(MegatronModule):
             replica_id,
         )
         return {f"{prefix}linear_fc1": fc1, f"{prefix}linear_fc2": fc2}
+
+
+def sharded_gate_up(
+    key: str, weight: Tensor, half: Callable[..., ShardedTensor], replica_id: Any
+) -> ShardedTensorFactory:
+    """How a rank's gate and up rows are stored: two blocks of the global tensor.
+
+    Args:
+        key: of that tensor.
+        weight: [..., 2m, h].
+        half: makes one block, of (key, rows, 0 for gate and 1 for up, replica_id).
+        replica_id: megatron-core's.
+    """
+
+    def split(key: str, data: Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
+        rows = data.chunk(2, dim=-2)
+        return [half(key, part.contiguous(), n, replica) for n, part in enumerate(rows)]
+
+    return ShardedTensorFactory(
+        key, weight, split, lambda blocks: torch.cat(blocks, dim=-2), replica_id
+    )
 
 
 def mark_expert_parameter(parameter: Any) -> None:

@@ -71,8 +71,12 @@ class LlamaMoeRouter(TopKRouter):
         """Key of the micro-batch that runs now, set by the trainer."""
         self.trained_tokens: float | None = None
         """Tokens of that micro-batch that are trained, set by the trainer; None: all of them."""
+        self.given: Any = None
+        """Routing of that micro-batch, where it is not for this router to choose
+        (`one_hot.OneHotRouting`).
+        """
         self._trained_tokens: float | None = None
-        self._to_repeat: deque[tuple[int, float | None]] = deque()
+        self._to_repeat: deque[tuple[int, float | None, Any]] = deque()
         if config.moe_gate == "mlp":
             self.gate_out = self._new_parameter(experts, experts)
             if config.perform_initialization:
@@ -110,7 +114,10 @@ class LlamaMoeRouter(TopKRouter):
                 convention, against its doc string).
         """
         self._maintain_float32_expert_bias()
-        noise_seed, self._trained_tokens = self._recall()
+        noise_seed, self._trained_tokens, given = self._recall()
+        if given is not None:
+            weights, routing_map = given(self, input)
+            return weights, routing_map
         clean = self.gating(input)
         noisy, sigma = clean, None
         if self.config.moe_gate_noise and self.training:
@@ -138,14 +145,14 @@ class LlamaMoeRouter(TopKRouter):
         scale = self.config.score_scale(self.layer_number - 1)
         return (probs if scale == 1.0 else probs * scale), routing_map
 
-    def _recall(self) -> tuple[int, float | None]:
+    def _recall(self) -> tuple[int, float | None, Any]:
         """What the trainer has set, of the micro-batch that this pass belongs to.
 
         A pass that recomputes activations comes when the trainer has gone on to other
         micro-batches: it takes what its first pass found. Pipeline schedules bring them back in the
         order they came.
         """
-        state = (self.noise_seed, self.trained_tokens)
+        state = (self.noise_seed, self.trained_tokens, self.given)
         if is_checkpointing():
             if torch.is_grad_enabled():
                 return self._to_repeat.popleft()

@@ -39,8 +39,8 @@ from megatron_ext.training.unfinished import INPUT_GROUPS, INPUTS, Settings, Unf
 SUMMED = (probes.TOKENS, probes.INPUT_SUM, probes.IMPORTANCE, probes.GRADIENT)
 
 
-def load_dense(run: RunConfig, grid: Grid) -> Any:
-    """This rank's stage of a dense checkpoint, frozen: no gradient or optimizer memory."""
+def load_frozen(run: RunConfig, grid: Grid) -> Any:
+    """This rank's stage of a checkpoint, frozen: no gradient or optimizer memory."""
     config = transformer_config(run, grid.platform)
     config.perform_initialization = False
     chunk: Any = build_model(run, grid.platform, config)
@@ -57,7 +57,7 @@ class Collector:
     """One collection on this rank.
 
     Args:
-        model: from `load_dense`.
+        model: from `load_frozen`.
         pool: the samples, the same on every rank.
         output: the directory of statistics, checked with `unfinished.check_output`.
         sentence_model: directory of a sentence-transformers model, where it makes the groups.

@@ -29,7 +29,11 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     if model.is_moe:
         assert model.num_experts is not None
         gate = model.num_experts * (h + (model.num_experts if model.moe_gate == "mlp" else 0))
-        experts = 3 * h * model.expert_width * model.moe_router_topk
+        experts = 3.0 * h * model.expert_width * model.moe_router_topk
+        if model.lora_rank is not None:
+            # The shared FFN is not trained: no 2n for its weights' gradients.
+            adapters = len(model.lora_targets) * model.lora_rank * (h + model.expert_width)
+            experts = 2 / 3 * experts + adapters * model.moe_router_topk
         residual = 3 * h * (model.moe_shared_expert_intermediate_size or 0)
         weights += moe_layers * (gate + experts + residual)
     return 6.0 * weights

@@ -1,4 +1,4 @@
-"""What a run leaves as it is (MoE-SFT freezes the gates)."""
+"""What a run leaves as it is (MoE-SFT freezes the gates, LoRA all but its adapters)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Freeze = Literal["none", "router", "reference"]
+Freeze = Literal["none", "router", "reference", "base"]
 
 
-def freeze_routers(chunk: Any) -> None:
-    """No gradient for routers (gate, its second layer, noise) and for nothing else.
+def freeze(chunk: Any, what: Freeze) -> None:
+    """Take the gradient from what a run leaves as it is.
 
     Before the chunk is wrapped: megatron-core makes gradient buffers for what is trained.
+
+    Args:
+        chunk: a model chunk.
+        what: router, reference: routers (gate, its second layer, noise) and nothing else. base: all
+            but them and LoRA adapters.
     """
+    if what == "none":
+        return
     for name, parameter in chunk.named_parameters():
-        if ".router." in name:
+        if what != "base":
+            frozen = ".router." in name
+        else:
+            frozen = ".router." not in name and ".lora_" not in name
+        if frozen:
             parameter.requires_grad_(False)
+    if what == "base" and chunk.pre_process:
+        # Without it nothing before the first adapter would be in the graph: recomputation would not
+        # reach that adapter, and a pipeline stage of dense layers would have no backward pass.
+        chunk.embedding.register_forward_hook(lambda _, __, hidden: hidden.requires_grad_())
 
 
 def zero_gate_projections(model: list[Any]) -> None:

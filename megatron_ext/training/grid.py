@@ -81,6 +81,9 @@ def initialize(run: RunConfig) -> Grid:
         torch.set_num_threads(threads)
     _log_on_main_rank()
     platform = platforms.setup(run.training.device, run.training.transformer_impl)
+    from megatron_ext.model.kernels import check_kernels
+
+    check_kernels(run, platform)
     platforms.init_process_group(platform)
     from megatron.core import parallel_state, tensor_parallel
 

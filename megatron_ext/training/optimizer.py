@@ -17,8 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config import RunConfig
 from megatron_ext.model.builder import build_model, transformer_config
-from megatron_ext.platform import Platform, installed, use_fused_adam
-from megatron_ext.training.freeze import freeze_routers
+from megatron_ext.platform import Platform, use_fused_adam
+from megatron_ext.training.freeze import freeze
+from megatron_ext.versions import installed
 
 
 class ParamScheduler(OptimizerParamScheduler):
@@ -67,8 +68,7 @@ def build_training_model(run: RunConfig, platform: Platform) -> list[Any]:
     model = []
     for stage in stages:
         chunk = build_model(run, platform, config, vp_stage=stage)
-        if run.training.freeze != "none":
-            freeze_routers(chunk)
+        freeze(chunk, run.training.freeze)
         if config.bf16:
             from megatron.core.transformer.module import Float16Module
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.checkpoint import layout, run_state
+from megatron_ext.checkpoint.background import BackgroundSaves
 from megatron_ext.checkpoint.tensors import count_parameters
 from megatron_ext.config import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
@@ -72,6 +73,7 @@ class Trainer:
         self.passes = Passes(run, grid, self.model, len(data.names))
         self._losses: tuple[int, dict[str, float]] = (-1, {})
         self._saved_at = -1
+        self._background = BackgroundSaves() if run.checkpoint.async_save else None
         self._wandb_id: str | None = None
         total, active = count_parameters(run.model)
         logger.info("model: %.1f M parameters, %.1f M activated", total / 1e6, active / 1e6)
@@ -125,11 +127,19 @@ class Trainer:
             self.scheduler,
             state,
             self.run.checkpoint.keep_latest,
+            self._background,
         )
         self._saved_at = self.iteration
         if metrics is not None:
             metrics.write_weights(self.data.names, self.data.plan.weights_log)
-            metrics.say(f"saved {path} in {time.perf_counter() - start:.1f} s")
+            verb = "saved" if self._background is None else "copied, and writing"
+            metrics.say(f"{verb} {path} in {time.perf_counter() - start:.1f} s")
+
+    def wait_for_save(self) -> None:
+        """Until the last checkpoint is whole, where saves are in the background (collective)."""
+        if self._background is not None:
+            self._background.wait()
+            torch.distributed.barrier()
 
     def _save_once(self, metrics: Metrics) -> None:
         if self._saved_at != self.iteration:
@@ -144,6 +154,7 @@ class Trainer:
         if best is not None and best[1] <= loss and best[0] != self.iteration:
             return
         self._save_once(metrics)
+        self.wait_for_save()
         if self.grid.is_main:
             layout.write_best(directory, self.iteration, loss)
         torch.distributed.barrier()
@@ -274,6 +285,7 @@ class Trainer:
                 if not training.eval_interval or self.iteration % training.eval_interval:
                     self._report_evaluation(metrics)
             self._save_once(metrics)
+            self.wait_for_save()
         finally:
             stop.restore()
             metrics.close()

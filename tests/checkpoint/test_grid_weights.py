@@ -43,7 +43,7 @@ def load_and_save(folder: str, again: str) -> list[tuple[int, ...]]:
     )
     run = RunConfig(model=MODEL, parallel=grid, training=TrainingConfig(precision="fp32"))
     model = verify.load(builder.build_model(run, platform), Path(folder))
-    strategy = platforms.synchronous_save_strategy()
+    strategy = platforms.save_strategy()
     dist_checkpointing.save(verify.sharded_weights(model), again, strategy)
     return [tuple(parameter.shape) for parameter in model.parameters()]
 

@@ -92,7 +92,12 @@ def messages(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def write_conversations(
-    root: Path, name: str, lengths: Sequence[int], vocabulary: int, seed: int = 0
+    root: Path,
+    name: str,
+    lengths: Sequence[int],
+    vocabulary: int,
+    seed: int = 0,
+    first_token: int = 0,
 ) -> Path:
     """A data set of random conversations; about half of each is trained, the last token always."""
     import torch
@@ -102,7 +107,7 @@ def write_conversations(
     builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=np.uint16)
     masks = []
     for length in lengths:
-        tokens = random.integers(0, vocabulary, length)
+        tokens = random.integers(first_token, vocabulary, length)
         mask = (random.random(length) < 0.5).astype(np.uint8)
         mask[-1] = 1
         builder.add_document(torch.from_numpy(tokens), [length])

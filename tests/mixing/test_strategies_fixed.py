@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mixing.made_signals import SFT, signals
+from mixing.made_signals import LLAMA_MOE, SFT, loads, signals
 
 from megatron_ext.data.blend import BlendPlan
 from megatron_ext.errors import UserError
 from megatron_ext.mixing.strategies import make_strategy, published
+from megatron_ext.mixing.strategies.distances import distance_weights
 
 SEVEN = ("en_cc", "en_c4", "github", "en_wikipedia", "en_book", "en_arxiv", "en_stack")
 
@@ -73,6 +74,74 @@ class TestFixedWeights:
             signals([1e-5, 1, 0, 0], round=1, initial_weights=np.array([0.3, 0.3, 0, 0.4]))
         )
         assert used_up.argmax() == 0 and used_up[3] == 0
+
+
+class TestWeightsOfAnotherRun:
+    """Static weights, or another start, from a weights log."""
+
+    @staticmethod
+    def write(path: Path) -> str:
+        lines = [
+            {"step": 0, "weights": {"a": 0.25, "b": 0.5, "c": 0.25}, "reason": "initial"},
+            {"step": 9, "weights": {"c": 0.125, "b": 0.25, "a": 0.625}, "reason": "round 0"},
+            {"step": 20, "weights": {"a": 1, "b": 0, "c": 0}, "reason": "x", "automatic": True},
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(path)
+
+    def test_the_last_decision_is_the_start(self, tmp_path: Path) -> None:
+        log = self.write(tmp_path / "blend_weights.jsonl")
+        for name in ("static", "router_load", "load_progress"):
+            strategy = make_strategy(name, "abc", {"initial": log})
+            assert strategy.initial([1, 1, 1], [9, 9, 9]).tolist() == [0.625, 0.25, 0.125]
+            paused = strategy.initial([1, 0, 1], [9, 9, 9])
+            assert paused.tolist() == pytest.approx([0.625 / 0.75, 0, 0.125 / 0.75])
+
+    def test_other_data_sets_and_a_missing_log_are_refused(self, tmp_path: Path) -> None:
+        log = self.write(tmp_path / "blend_weights.jsonl")
+        with pytest.raises(UserError, match="one for each of a, b"):
+            make_strategy("static", "ab", {"initial": log})
+        with pytest.raises(UserError, match="nothing.jsonl"):
+            make_strategy("static", "ab", {"initial": str(tmp_path / "nothing.jsonl")})
+
+
+class TestDistanceWeights:
+    def test_against_a_reference_written_out(self) -> None:
+        """Delta_i = sum_j |x_i - x_j| / n; in proportion, over two layers their mean."""
+        features = np.random.default_rng(0).normal(size=(4, 2, 5))
+        delta = [
+            math.fsum(
+                math.dist(features[i, layer], features[j, layer])
+                for j in range(4)
+                for layer in (0, 1)
+            )
+            for i in range(4)
+        ]
+        expected = [part / math.fsum(delta) for part in delta]
+        assert distance_weights(features).tolist() == pytest.approx(expected, rel=1e-14)
+        assert np.allclose(distance_weights(features * 1000), expected, rtol=1e-13)
+        flat = distance_weights(features[:, 0])
+        assert np.array_equal(flat, distance_weights(features[:, :1]))
+
+    def test_loads_that_moe_sft_ships(self) -> None:
+        counts = loads(LLAMA_MOE)
+        weights = distance_weights(counts / counts.sum(1, keepdims=True))
+        assert weights.round(3).tolist() == [0.260, 0.307, 0.225, 0.207]
+
+    def test_equal_data_sets_have_equal_weights(self) -> None:
+        assert distance_weights(np.ones((3, 7))).tolist() == [1 / 3] * 3
+
+
+class TestPresets:
+    def test_inverse_is_the_papers_counter_check(self) -> None:
+        given = signals([0.25] * 4, loads(LLAMA_MOE))
+        inverse = make_strategy("inverse", SFT, {"eta": 5}).update(given)
+        spelled = make_strategy("router_load", SFT, {"distance": "inverse", "eta": 5}).update(given)
+        assert np.array_equal(inverse, spelled)
+        rule = make_strategy("router_load", SFT, {"eta": 5}).update(given)
+        assert inverse.argsort().tolist() == rule.argsort()[::-1].tolist()
+        with pytest.raises(UserError, match="no option 'distance'"):
+            make_strategy("inverse", SFT, {"distance": "l2"})
 
 
 class TestSchedule:

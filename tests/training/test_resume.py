@@ -94,3 +94,14 @@ def test_reshard(
     directory, expected = saved_on_grid
     found = run_ranks(world_size, losses, make_run(root, parallel, load=str(directory)), 2)[0]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_reshard_where_the_first_stage_has_no_experts(root: Path) -> None:
+    """Its ranks, rank 0 among them, have no expert optimizer; the checkpoint is whole."""
+    model = {"moe_dense_first_layers": 2}
+    stages = {"pipeline_model_parallel_size": 2}
+    directory = str(root / "dense first stage")
+    run_ranks(2, train_and_save, make_run(root, stages, model, save=directory), 3)
+    expected = run_ranks(2, losses, make_run(root, stages, model, load=directory), 2)[0]
+    found = run_ranks(1, losses, make_run(root, None, model, load=directory), 2)[0]
+    assert found == pytest.approx(expected, rel=1e-5)

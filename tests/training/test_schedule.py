@@ -94,6 +94,12 @@ def test_flops_per_token_by_hand() -> None:
     assert flops_per_token(moe, 6) == 6 * multiplications
     assert flops_per_token(moe, 1000) - flops_per_token(moe, 6) == 6 * 2 * 994 * 2 * 4
 
+    lora = shape(num_experts=4, moe_ffn_hidden_size=16, lora_rank=3, lora_targets=["up", "down"])
+    others = 2 * (attention + scores + 8 * 4) + head
+    adapters = 2 * 2 * 2 * 3 * (8 + 16)  # two layers, two experts, two targets
+    # The shared FFN has no gradient: forward, and backward to its input.
+    assert flops_per_token(lora, 6) == 6 * (others + adapters) + 4 * 2 * 2 * dense_ffn
+
 
 SHAPES: list[dict[str, Any]] = [
     {"num_experts": None},

@@ -15,7 +15,13 @@ from megatron_ext.mixing.strategies.base import Signals, Strategy, allowed_optio
 __all__ = ["STRATEGIES", "Signals", "Strategy", "make_strategy"]
 
 _HERE = "megatron_ext.mixing.strategies"
-_MIXTURES = ("uniform", "data_size", *published.MIXTURES)
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    # The name of a mixture is short for static with that mixture as its initial weights.
+    **{name: ("static", {"initial": name}) for name in ("uniform", "data_size")},
+    **{name: ("static", {"initial": name}) for name in published.MIXTURES},
+    "inverse": ("router_load", {"distance": "inverse"}),
+}
+"""Names that are short for a strategy with options."""
 
 STRATEGIES: dict[str, str] = {
     "static": f"{_HERE}.static:Static",
@@ -25,10 +31,9 @@ STRATEGIES: dict[str, str] = {
     "reference_loss": f"{_HERE}.reference_loss:ReferenceLoss",
     "router_load": f"{_HERE}.router_load:RouterLoad",
     "load_progress": f"{_HERE}.load_progress:LoadProgress",
-    # The name of a mixture is short for static with that mixture as its initial weights.
-    **dict.fromkeys(_MIXTURES, f"{_HERE}.static:Static"),
 }
 """Built-in strategies as "module:Class"."""
+STRATEGIES |= {name: STRATEGIES[of] for name, (of, _) in _PRESETS.items()}
 
 
 def make_strategy(
@@ -44,18 +49,16 @@ def make_strategy(
     Raises:
         UserError: an unknown name, or options that are unknown or do not fit.
     """
-    options = dict(options or {})
     cls = _find(name)
-    allowed = [] if name in _MIXTURES else allowed_options(cls)
-    for option in options:
+    _, preset = _PRESETS.get(name, (name, {}))
+    allowed = [option for option in allowed_options(cls) if option not in preset]
+    for option in options or {}:
         if option not in allowed:
             raise UserError(
                 f"mixing strategy {name} has no option '{option}'",
                 f"it takes {', '.join(allowed) or 'none'}",
             )
-    if name in _MIXTURES:
-        options["initial"] = name
-    return cls(names, **options)
+    return cls(names, **preset, **(options or {}))
 
 
 def _find(name: str) -> type[Strategy]:

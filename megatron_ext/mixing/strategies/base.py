@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ class Strategy(ABC):
 
     Args:
         names: the data sets of the run.
-        initial: the weights to start with: `recipe`, `uniform`, `data_size` (tokens), or a
-            published mixture by name.
+        initial: the weights to start with: `recipe`, `uniform`, `data_size` (tokens), a published
+            mixture by name, or a weights log (a path that ends in .jsonl), whose last are taken.
 
     Raises:
         UserError: options that do not fit.
@@ -81,8 +82,14 @@ class Strategy(ABC):
 
     def __init__(self, names: Sequence[str], *, initial: str = "recipe") -> None:
         self.names = tuple(names)
+        self._logged: list[float] | None = None
+        if str(initial).endswith(".jsonl"):
+            from megatron_ext.mixing.strategies.weights_log import read_log  # it imports this
+
+            self._logged = read_log(Path(initial), self.names)[-1]["weights"]
+            return
         known = ("recipe", "uniform", "data_size", *published.MIXTURES)
-        self._initial = choice("initial", initial, known)
+        self._initial = choice("initial", initial, (*known, "a weights log (FILE.jsonl)"))
 
     def initial(self, weights: ArrayLike, sizes: ArrayLike) -> Floats:
         """Weights to start with [D], adding up to 1.
@@ -97,7 +104,9 @@ class Strategy(ABC):
         given = np.asarray(weights, np.float64)
         live = given > 0
         start = given
-        if self._initial == "uniform":
+        if self._logged is not None:
+            start = np.array(self._logged)
+        elif self._initial == "uniform":
             start = np.ones_like(given)
         elif self._initial == "data_size":
             start = np.asarray(sizes, np.float64)

@@ -15,6 +15,7 @@ from megatron_ext.mixing.strategies.base import (
     exponentiated,
     jsonable,
     number,
+    whole,
 )
 
 
@@ -27,7 +28,9 @@ class ReferenceLoss(Strategy):
 
     Args:
         names: the data sets of the run.
-        references: loss in nats per token by data set, or the name of published ones.
+        references: loss in nats per token by data set, or the name of published ones. Where there
+            are none, training makes a run with uniform weights first (training/reference.py).
+        reference_iters: steps of that run; none: as many as of the run itself.
         eta: step size.
         c: share that is spread evenly.
         clipped: whether a loss below its reference counts as reached.
@@ -42,6 +45,7 @@ class ReferenceLoss(Strategy):
         names: Sequence[str],
         *,
         references: Mapping[str, float] | str | None = None,
+        reference_iters: int | None = None,
         eta: float = 1.0,
         c: float = 1e-4,
         clipped: bool = False,
@@ -50,6 +54,8 @@ class ReferenceLoss(Strategy):
     ) -> None:
         super().__init__(names, **options)
         self.references = np.array(self._references(references))
+        if reference_iters is not None:
+            whole("reference_iters", reference_iters, 1)
         self.eta = number("eta", eta, 0)
         self.c = number("c", c, 0, 1)
         if not isinstance(clipped, bool):

@@ -18,6 +18,7 @@ from megatron_ext.mixing.strategies.base import (
     number,
     refuse_few,
 )
+from megatron_ext.mixing.strategies.distances import l2_distances
 
 logger = logging.getLogger(__name__)
 
@@ -91,4 +92,4 @@ class RouterLoad(Strategy):
         if self.distance == "cosine":
             unit = loads / np.sqrt((loads**2).sum(-1, keepdims=True))
             return np.array([(1 - (unit * own).sum(-1)).mean(-1) for own in unit])
-        return np.array([np.sqrt(((loads - own) ** 2).sum(-1)).mean(-1) for own in loads])
+        return l2_distances(loads)

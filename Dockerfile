@@ -4,6 +4,8 @@
 #   docker build -t megatron-llama-moe .                    GPU: training on a cluster
 #   docker build -t megatron-llama-moe:cpu --target cpu .   CPU: the demo and the tests
 #   docker run --rm -it megatron-llama-moe:cpu              make demo
+#   docker run --rm --gpus all --shm-size 8g --ulimit memlock=-1 --entrypoint python \
+#       megatron-llama-moe tools/doctor.py                  what the GPU image finds on a machine
 #
 # docs/cluster.md says how to turn the first into what enroot/pyxis or apptainer start.
 

@@ -50,12 +50,19 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # Exponent of the time after which a lost packet counts as an error: 22 is about 17 s a try, where the
 # default gives up too soon on large fabrics during a link's retraining.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
-# Kernels start in the order of their launch: megatron-core's overlap of tensor-parallel communication
-# with computation relies on it on A100 and H100.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Uneven expert loads ask for blocks of ever new sizes: growing segments keep memory from
-# fragmenting.
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
+# --- one line of a study ----------------------------------------------------------------------------
+# The words of line SLURM_ARRAY_TASK_ID of a file, as the shell reads them, in the array `words`.
+words_of_line() { # FILE
+    local line
+    line="$(sed -n "${SLURM_ARRAY_TASK_ID:?sbatch --array says which lines of $1 to run}p" "$1")"
+    if [ -z "$line" ]; then
+        echo "error: $1 has no line $SLURM_ARRAY_TASK_ID" >&2
+        echo "  -> sbatch --array 1-$(grep -c '' "$1")" >&2
+        exit 2
+    fi
+    eval "words=($line)"
+}
 
 # --- entering the container -------------------------------------------------------------------------
 # srun OPTIONS... -- COMMAND... with the command inside the container.

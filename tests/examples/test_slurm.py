@@ -8,8 +8,10 @@ directory, and ports are free ones.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -41,7 +43,9 @@ SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 # A job that queues again waits until credentials have expired (120 s by default).
-AuthInfo=socket={root}/munge/socket,cred_expire=10
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+# Jobs find their port by their number: those of another cluster on this machine have others.
+FirstJobId={first_job}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -64,8 +68,8 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE
 class Cluster:
     """A running SLURM and what its user does with it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, recipe: Path) -> None:
+        self.root, self.recipe = root, recipe
         self.environment = os.environ | {
             "SLURM_CONF": str(root / "slurm.conf"),
             "PYTHON": sys.executable,
@@ -87,11 +91,27 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}\n{self.logs()}"
         return done.stdout
 
-    def submit(self, *words: Any, options: tuple[str, ...] = (), **environment: str) -> str:
-        """Job number of `train.sbatch WORDS`."""
+    def submit(
+        self,
+        *words: Any,
+        script: str = "train.sbatch",
+        options: tuple[str, ...] = (),
+        **environment: str,
+    ) -> str:
+        """Job number of `SCRIPT WORDS`."""
         output = f"--output={self.root}/job-%j.out"
-        script = "examples/slurm/train.sbatch"
+        script = f"examples/slurm/{script}"
         return self("sbatch", "--parsable", output, *options, script, *words, **environment).strip()
+
+    @functools.cached_property
+    def refused(self) -> str:
+        """Job of a recipe that cannot work, an arm of a study. Submitted once, and early: it runs
+        while another job waits for its turn.
+        """
+        arms = self.root / "arms"
+        arms.write_text(f"pretrain_moe.py --config '{self.recipe}' --global-batch-size 3\n")
+        save = self.root / "study"
+        return self.submit(f"@{arms}", "--save", save, options=("--array=1",))
 
     def field(self, job: str, name: str) -> str:
         for word in self("scontrol", "show", "job", job).split():
@@ -147,7 +167,7 @@ def daemon(*command: Any, cluster: Cluster, log: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Iterator[Cluster]:
     root = tmp_path_factory.mktemp("slurm")
     munge = root / "munge"
     munge.mkdir(mode=0o700)
@@ -156,12 +176,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ports = [free_port() for _ in range(3)]
     (root / "slurm.conf").write_text(
         CONFIGURATION.format(
-            root=root, host=socket.gethostname(), port=ports[0], port1=ports[1], port2=ports[2]
+            root=root,
+            host=socket.gethostname(),
+            port=ports[0],
+            port1=ports[1],
+            port2=ports[2],
+            first_job=random.randrange(1, 9_000),
         )
     )
     for name in ("state", "spool-n1", "spool-n2"):
         (root / name).mkdir()
-    cluster = Cluster(root)
+    cluster = Cluster(root, tiny_recipe)
     options = [
         f"--{name}={munge}/{name}" for name in ("socket", "pid-file", "log-file", "seed-file")
     ]
@@ -200,6 +225,7 @@ def test_a_job_lives_through_its_limit_and_a_failed_node(
     """Its losses are those of a training that nothing happened to."""
     run = tmp_path / "run"
     job = cluster.submit("pretrain_moe.py", "--config", tiny_recipe, "--save", run)
+    cluster.refused  # noqa: B018
     cluster.wait(job, "training", lambda: len(losses(run)) >= 3)
     # What --signal=B:USR1@300 does five minutes before the limit.
     cluster("scancel", "--batch", "--signal=USR1", job)
@@ -214,6 +240,8 @@ def test_a_job_lives_through_its_limit_and_a_failed_node(
     # A node that has answered meanwhile is up already, and refuses.
     cluster("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
 
+    undisturbed = parse_run(["--config", str(tiny_recipe)])
+    expected = run_ranks(2, train, undisturbed, STEPS)[0]
     assert cluster.wait_end(job) == "COMPLETED", cluster.output(job)
     said = cluster.output(job)
     assert "SIGUSR1: stopping after step" in said
@@ -223,18 +251,14 @@ def test_a_job_lives_through_its_limit_and_a_failed_node(
             assert list((run / "logs" / f"{job}-{start - 1}" / node).rglob("stdout.log"))
     assert f"finished: {STEPS} of {STEPS}" in said
     assert list(losses(run)) == list(range(1, STEPS + 1))
-    undisturbed = parse_run(["--config", str(tiny_recipe)])
-    assert list(losses(run).values()) == run_ranks(2, train, undisturbed, STEPS)[0]
+    assert list(losses(run).values()) == expected
 
 
-def test_a_recipe_that_cannot_work_fails_at_once_with_the_reason(
-    cluster: Cluster, tiny_recipe: Path, tmp_path: Path
-) -> None:
-    job = cluster.submit(
-        "pretrain_moe.py", "--config", tiny_recipe, "--save", tmp_path, "--global-batch-size", 3
-    )
+def test_a_recipe_that_cannot_work_fails_at_once_with_the_reason(cluster: Cluster) -> None:
+    job = cluster.refused
     assert cluster.wait_end(job) == "FAILED"
     said = cluster.output(job)
+    assert "study/arm-1 on 2 nodes" in said
     assert "global_batch_size=3 is not a multiple of" in said
     assert "not queueing again" in said
     assert cluster.field(job, "Restarts") == "0"
@@ -246,7 +270,7 @@ def test_an_unfit_node_is_drained_and_named(
     words = ("pretrain_moe.py", "--config", tiny_recipe, "--save", tmp_path)
     job = cluster.submit(*words, options=("--nodes=1",), MIN_SHM_GB="1000000")
     assert cluster.wait_end(job) == "FAILED"
-    assert "/dev/shm has" in cluster.output(job)
+    assert "unfit: n1: /dev/shm: " in cluster.output(job)
     assert "submit again with --exclude=n1" in cluster.output(job)
 
     job = cluster.submit(
@@ -258,3 +282,20 @@ def test_an_unfit_node_is_drained_and_named(
     finally:
         cluster("scancel", job)
         cluster("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)
+
+
+def test_an_array_runs_a_line_for_each_of_its_numbers(cluster: Cluster, tmp_path: Path) -> None:
+    arms = tmp_path / "arms"
+    code = "import sys; open(sys.argv[1], 'x').write(sys.argv[2])"
+    arms.write_text("".join(f'-c "{code}" {tmp_path}/{n} "arm {n}"\n' for n in (1, 2, 3)))
+    one_cpu = ("--cpus-per-task=1", "--mem=0")
+    job = cluster.submit(f"@{arms}", script="tool.sbatch", options=("--array=1,3", *one_cpu))
+    cluster.wait(job, "done", lambda: (tmp_path / "1").exists() and (tmp_path / "3").exists(), 60)
+    assert ((tmp_path / "3").read_text(), (tmp_path / "2").exists()) == ("arm 3", False)
+
+
+def test_upit_starts_on_a_node(cluster: Cluster) -> None:
+    """As far as its own question; tests/examples/test_upit.py follows it to the end."""
+    job = cluster.submit(script="upit.sbatch")
+    assert cluster.wait_end(job) == "FAILED"
+    assert "error: MODEL is not set" in cluster.output(job)

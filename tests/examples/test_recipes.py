@@ -1,4 +1,6 @@
-"""Every recipe is accepted for the number of ranks that it is made for, and says what that is."""
+"""Every recipe is accepted for the number of ranks that it is made for, says what that is, and fits
+on the GPUs that it is made for.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,30 @@ def test_experts_stay_within_a_node(name: str) -> None:
     parallel = run.parallel
     assert parallel.expert_model_parallel_size * parallel.expert_tp <= 8
     assert parallel.tensor_model_parallel_size <= 8
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_dry_run_fits(name: str) -> None:
+    """The training step of a rank, on the code that trains, without memory."""
+    from megatron_ext.checkpoint.tensors import count_parameters
+    from megatron_ext.planning.hardware import GPUS, Assumed, Machine
+    from megatron_ext.planning.search import quick_plan
+
+    run, world_size = load(name)
+    gpu = GPUS["a100" if "a100" in name else "h100"]
+    plan = quick_plan(run, world_size, Machine(gpu, Assumed()))
+    assert plan.fits, plan.dearest.peak
+    assert 0.1 < plan.mfu < gpu.matmul
+    # What the comments say.
+    stage = plan.dearest
+    comments = " ".join(RECIPES[name].read_text().replace("#", " ").split())
+    said = re.search(r"(\d+) GB of weights and gradients", comments)
+    assert said and int(said[1]) == pytest.approx((stage.weights + stage.gradients) / 1e9, abs=0.6)
+    said = re.search(r"(\d+) GB of activations", comments)
+    assert said and int(said[1]) == pytest.approx(stage.activations / 1e9, abs=0.6)
+    # A rank has its share of the experts and of the layers.
+    split = run.parallel.pipeline_model_parallel_size * run.parallel.expert_model_parallel_size
+    assert stage.parameters > count_parameters(run.model)[0] / split
 
 
 def test_llama_moe_has_the_paper_s_hyper_parameters() -> None:

@@ -50,7 +50,7 @@ $(READY):
 	@touch $@
 	@echo "ready: $$($(PY) --version), torch $$($(PY) -m pip show torch | sed -n 's/^Version: //p')"
 
-demo: $(READY)  ## dense -> experts -> training on 2 ranks -> export -> text, on real data
+demo: $(READY)  ## dense -> experts -> training on 2 ranks -> export -> tuning, on real data
 	$(PY) examples/demo/run.py $(ARGS)
 
 test: $(READY)  ## all tests (CPU, no network)

@@ -1,4 +1,5 @@
-"""The main job on real input: a dense LLaMA becomes a Mixture of Experts and learns again.
+"""The main job on real input: a dense LLaMA becomes a Mixture of Experts, learns again, and is
+tuned on conversations.
 
     python examples/demo/run.py                 (what `make demo` does)
 
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversations import DATASETS
 from report import (
     draw,
     mean,
@@ -29,12 +31,14 @@ from report import (
 )
 from stages import Done, Stage, python, run_stages, show
 from text import DOMAINS, sources
+from tuning import draw_tuning, tuned_sets, tuning_shortcomings, tuning_table
 
 from megatron_ext.errors import UserError, run_main
 from megatron_ext.recipe import read_yaml
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[2]))
 RECIPE = ROOT / "examples" / "recipes" / "demo.yaml"
+TUNING = RECIPE.with_name("demo_tuning.yaml")
 RANKS = 2
 VALID_FRACTION = 0.06
 READ_BACK = "wiki"
@@ -44,24 +48,31 @@ READ_BACK = "wiki"
 @dataclass
 class Options:
     demo_dir: Path = Path("demo")
-    """Where everything goes (about 4 GB)."""
+    """Where everything goes (about 6 GB)."""
     fresh: bool = False
     """Start anew: remove what earlier runs left there, except for the downloaded wheels."""
     recipe: Path = RECIPE
     """Of the training."""
+    tuning_recipe: Path = TUNING
+    """Of the instruction tuning."""
 
 
-def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
+def plan(
+    work: Path, recipe: Path, tuning_recipe: Path, domains: list[str], datasets: list[str]
+) -> list[Stage]:
     """The stages of the demo.
 
     Args:
         work: the demo's directory.
         recipe: of the training; the other stages measure with its sample length and number.
-        domains: names of the text files that become domains.
+        tuning_recipe: of the instruction tuning.
+        domains, datasets: names of the text files that become domains, and of those that hold
+            conversations.
     """
-    settings = read_yaml(recipe)
+    settings, tuning = read_yaml(recipe), read_yaml(tuning_recipe)
     length, samples = (str(settings["data"][name]) for name in ("seq_length", "eval_samples"))
-    last = f"iter_{settings['training']['train_iters']:07d}"
+    sft = ("--task", "sft", "--seq-length", str(tuning["data"]["seq_length"]))
+    last, last_tuned = (f"iter_{s['training']['train_iters']:07d}" for s in (settings, tuning))
     run = python()
 
     def script(*path: str) -> tuple[str, str]:
@@ -71,6 +82,17 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
         tool = (*script("tools", "convert_llama.py"), command)
         return (*tool, "--source", str(source), "--output", str(output), *options, "--force")
 
+    def preprocess(stage: str, names: list[str], output: Path, *options: str) -> tuple[str, ...]:
+        inputs = (f"{name}={text}/{stage}/*/{name}.jsonl" for name in names)
+        files = ("--output", str(output), "--tokenizer", str(smollm2))
+        held_out = ("--valid-fraction", str(VALID_FRACTION))
+        return (*script("tools", "preprocess_data.py"), "--input", *inputs, *files, *held_out,
+                *options)  # fmt: skip
+
+    def train(name: str, settings: Path, load: Path, data: Path, save: Path) -> tuple[str, ...]:
+        paths = ("--load", str(load), "--data-dir", str(data), "--save", str(save))
+        return (*torchrun, str(ROOT / name), "--config", str(settings), *paths)
+
     def evaluate(model: Path, output: Path) -> tuple[str, ...]:
         tool = (*script("tools", "evaluate.py"), "--load", str(model))
         data = ("--data-dir", str(tokens), "--seq-length", length, "--eval-samples", samples)
@@ -78,7 +100,7 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
 
     smollm2, text, tokens = work / "smollm2", work / "text", work / "tokens"
     dense, moe, trained, exported = work / "dense", work / "moe", work / "run", work / "moe-hf"
-    results = work / "results"
+    talks, tuned, results = work / "talks", work / "tuned", work / "results"
     quiet = (("OMP_WAIT_POLICY", "PASSIVE"), ("PYTHONWARNINGS", "ignore"))
     # The ranks share the cores by themselves; torchrun is only to be told that this is meant.
     ranks = (("OMP_NUM_THREADS", "1"), *quiet)
@@ -105,13 +127,7 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
                     *script("examples", "demo", "text.py"),
                     *("--wheel-dir", str(work / "wheels"), "--out-dir", str(text)),
                 ),
-                (
-                    *script("tools", "preprocess_data.py"),
-                    "--input",
-                    *(f"{name}={text}/pretrain/*/{name}.jsonl" for name in domains),
-                    *("--output", str(tokens), "--tokenizer", str(smollm2)),
-                    *("--valid-fraction", str(VALID_FRACTION)),
-                ),
+                preprocess("pretrain", domains, tokens),
             ),
             (text, tokens),
             environment=quiet,
@@ -140,12 +156,7 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
         Stage(
             "train",
             f"continued pre-training on {RANKS} ranks, the experts spread over them",
-            (
-                (
-                    *(*torchrun, str(ROOT / "pretrain_moe.py"), "--config", str(recipe)),
-                    *("--load", str(moe), "--data-dir", str(tokens), "--save", str(trained)),
-                ),
-            ),
+            (train("pretrain_moe.py", recipe, moe, tokens, trained),),
             (trained / last, trained),
             (recipe,),
             ranks,
@@ -165,6 +176,17 @@ def plan(work: Path, recipe: Path, domains: list[str]) -> list[Stage]:
             (exported, results / "generated.json"),
             environment=quiet,
         ),
+        Stage(
+            "tune",
+            "instruction tuning; the routers decide how much of each data set is read",
+            (
+                preprocess("finetune", datasets, talks, *sft),
+                train("finetune_moe.py", tuning_recipe, trained, talks, tuned),
+            ),
+            (talks, tuned / last_tuned, tuned),
+            (tuning_recipe,),
+            ranks,
+        ),
     ]
 
 
@@ -172,7 +194,7 @@ def conclude(work: Path, done: list[Done]) -> list[str]:
     """Draw the picture, print the tables and keep them in report.txt.
 
     Returns:
-        What the training did not achieve.
+        What training and tuning did not achieve.
     """
     results = work / "results"
     dense, partitioned = (
@@ -192,6 +214,8 @@ def conclude(work: Path, done: list[Done]) -> list[str]:
         (stage.name, f"{stage.seconds:.0f}", f"{stage.peak_bytes / 2**30:.1f}") for stage in done
     ]
     whole = mean(entries)
+    steps, sets = tuned_sets(read_rows(work / "tuned" / "metrics.jsonl"))
+    draw_tuning(results / "tuning.png", steps, sets)
     shown = [
         f"What transformers wrote with the exported model ({generated['architecture']}, greedy):",
         *(f"  {prompt} ...{text!r}" for prompt, text in generated["texts"].items()),
@@ -208,11 +232,14 @@ def conclude(work: Path, done: list[Done]) -> list[str]:
         "that of the dense model.",
         f"On {READ_BACK} transformers measures {generated['perplexity']:.2f} with the exported "
         f"model; here it was {ours:.2f}.",
+        "",
+        "Tuned on conversations, with weights decided by router loads:",
+        tuning_table(steps, sets),
     ]
     report = "\n".join(shown)
     (results / "report.txt").write_text(report + "\n")
     print(f"\n{report}")
-    return shortcomings(entries)
+    return [*shortcomings(entries), *tuning_shortcomings(sets)]
 
 
 def places(work: Path) -> str:
@@ -220,9 +247,11 @@ def places(work: Path) -> str:
     again = (python(), str(ROOT / "tools" / "convert_llama.py"), "inspect", "--source")
     lines = {
         "picture of the losses": work / "results" / "losses.png",
+        "picture of the tuning": work / "results" / "tuning.png",
         "these tables": work / "results" / "report.txt",
         "loss and more, each step": work / "run" / "metrics.jsonl",
         "trained checkpoint": work / "run",
+        "tuned checkpoint": work / "tuned",
         "for transformers": work / "moe-hf",
     }
     width = max(map(len, lines))
@@ -239,13 +268,15 @@ def main() -> int:
         for path in work.iterdir():
             if path.name != "wheels":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not options.recipe.is_file():
-        raise UserError(f"recipe {options.recipe} does not exist")
+    for recipe in (options.recipe, options.tuning_recipe):
+        if not recipe.is_file():
+            raise UserError(f"recipe {recipe} does not exist")
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
-        done = run_stages(plan(work, options.recipe, list(DOMAINS)), work)
+        stages = plan(work, options.recipe, options.tuning_recipe, list(DOMAINS), list(DATASETS))
+        done = run_stages(stages, work)
     except KeyboardInterrupt:
         raise UserError("stopped", "the same command goes on from here") from None
     missed = conclude(work, done)

@@ -15,11 +15,13 @@ from megatron_ext.errors import UserError
 from megatron_ext.recipe import parse_run
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
-RECIPE = DEMO.parent / "recipes" / "demo.yaml"
+RECIPE, TUNING = (DEMO.parent / "recipes" / f"{name}.yaml" for name in ("demo", "demo_tuning"))
 
 # As the scripts find each other when they are run.
 sys.path.insert(0, str(DEMO))
-report, run, stages = (importlib.import_module(name) for name in ("report", "run", "stages"))
+report, run, stages, tuning = (
+    importlib.import_module(name) for name in ("report", "run", "stages", "tuning")
+)
 
 
 def append(path: Path, text: str, code: str = "") -> tuple[str, ...]:
@@ -141,15 +143,17 @@ def test_peak_memory_sees_children() -> None:
     assert memory.peak > alone + 150e6
 
 
-def test_the_plan_names_real_scripts_and_a_recipe_that_is_read(tmp_path: Path) -> None:
-    plan = run.plan(tmp_path, RECIPE, ["one", "two"])
+def test_the_plan_names_real_scripts_and_recipes_that_are_read(tmp_path: Path) -> None:
+    plan = run.plan(tmp_path, RECIPE, TUNING, ["one", "two"], list(run.DATASETS))
     commands = [command for stage in plan for command in stage.commands]
     scripts = {word for command in commands for word in command if word.endswith(".py")}
-    assert len(scripts) == 7 and all(Path(script).is_file() for script in scripts)
-    (training,) = (c for c in commands if "torch.distributed.run" in c)
-    options = training[training.index(str(run.ROOT / "pretrain_moe.py")) + 1 :]
-    config = parse_run(options)
-    assert config.parallel.expert_model_parallel_size == run.RANKS == 2
+    assert len(scripts) == 8 and all(Path(script).is_file() for script in scripts)
+    trainings = [c for c in commands if "torch.distributed.run" in c]
+    config, tuned = (parse_run(c[c.index("--config") :]) for c in trainings)
+    for each in (config, tuned):
+        assert each.parallel.expert_model_parallel_size == run.RANKS == 2
+        final = f"iter_{each.training.train_iters:07d}"
+        assert Path(each.checkpoint.save or "") / final in {p for s in plan for p in s.outputs}
     assert config.checkpoint.load == str(tmp_path / "moe")
     evaluations = [c for c in commands if any(word.endswith("evaluate.py") for word in c)]
     assert len(evaluations) == 2
@@ -157,8 +161,14 @@ def test_the_plan_names_real_scripts_and_a_recipe_that_is_read(tmp_path: Path) -
         measured = parse_run(command[2:-2]).data
         assert measured.seq_length == config.data.seq_length
         assert measured.eval_samples == config.data.eval_samples
-    final = f"iter_{config.training.train_iters:07d}"
-    assert any(path.name == final for stage in plan for path in stage.outputs)
+    assert plan[-1].commands[-1] == trainings[1] and tuned.data.task == "sft"
+    assert tuned.checkpoint.load == config.checkpoint.save and len(run.DATASETS) >= 4
+    # At least three decisions that are in force before the end.
+    assert tuned.mixing.strategy == "router_load"
+    assert tuned.training.train_iters >= 3 * tuned.mixing.interval + tuned.data.num_prefetch
+    (talks,) = (c for c in commands if "sft" in c)
+    assert talks[talks.index("--seq-length") + 1] == str(tuned.data.seq_length)
+    assert talks[talks.index("--output") + 1] == tuned.data.data_dir
 
 
 LOSSES = {"dense": {"a": 1.0, "b": 2.0}, "partitioned": {"a": 9.0, "b": 8.0}}
@@ -210,3 +220,34 @@ def test_the_picture_is_drawn_for_any_number_of_domains(tmp_path: Path, domains:
     ]
     report.draw(tmp_path / "new" / "losses.png", losses, losses, rows)
     assert (tmp_path / "new" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+TUNING_ROWS = [
+    {"kind": "valid", "step": 0, "loss": 2.5, "loss/a": 2.0, "loss/b": 3.0},
+    {"kind": "mixing", "step": 3, "effective": 5, "weight/a": 0.4, "weight/b": 0.6},
+    {"kind": "mixing", "step": 6, "effective": 8, "weight/a": 0.3, "weight/b": 0.7},
+    {"kind": "valid", "step": 6, "loss": 2.0, "loss/a": 1.5, "loss/b": 2.5},
+]
+
+
+def test_the_tuning_is_shown(tmp_path: Path) -> None:
+    steps, entries = tuning.tuned_sets(TUNING_ROWS)
+    assert steps == [3, 6]
+    assert entries == [("a", [0.5, 0.4, 0.3], 2.0, 1.5), ("b", [0.5, 0.6, 0.7], 3.0, 2.5)]
+    lines = tuning.tuning_table(steps, entries).splitlines()
+    assert lines[0].split("  ") == [
+        *("weight of", "at first", "step 3", "step 6", "loss before", "after")
+    ]
+    assert lines[2].split() == ["a", "0.500", "0.400", "0.300", "2.000", "1.500"]
+    tuning.draw_tuning(tmp_path / "new" / "tuning.png", steps, entries)
+    assert (tmp_path / "new" / "tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shortcomings_of_the_tuning() -> None:
+    _, (first, second) = tuning.tuned_sets(TUNING_ROWS)
+    assert tuning.tuning_shortcomings([first, second]) == []
+    assert tuning.tuning_shortcomings([first, second._replace(after=3.4)]) == []
+    (rose,) = tuning.tuning_shortcomings([first, second._replace(after=3.5)])
+    assert "did not fall: 2.500 -> 2.500" in rose
+    still = [each._replace(weights=[0.5, 0.505, 0.495]) for each in (first, second)]
+    assert tuning.tuning_shortcomings(still) == ["the weights of the data sets did not move"]

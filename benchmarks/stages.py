@@ -33,7 +33,7 @@ def step(folder: Path, name: str, program: str, arguments: Sequence[str]) -> dic
                 "give the same options to go on, or another --work",
             )
         return found
-    print(f"{folder.name}: {name}", flush=True)
+    print(f"{folder.parent.name}/{folder.name}: {name}", flush=True)
     log, partial = folder / f"{name}.log", folder / f"{name}.out.partial"
     start = time.monotonic()
     with log.open("w") as errors, partial.open("w") as output:

@@ -31,6 +31,7 @@ from megatron_ext.files import written_whole
 
 Row = dict[str, Any]
 
+ROUTER_REPORT = "router_init.json"
 EXPERTS = 8
 SIZE = ("--num-experts", str(EXPERTS), "--moe-router-topk", "2")
 
@@ -166,7 +167,7 @@ class Study:
         if entry.from_run:
             model, steps = self._upit(folder, entry, seed), steps // 2
             if entry.buckets:
-                found["router"] = json.loads((model / "router_init.json").read_text())
+                found["router"] = json.loads((folder / ROUTER_REPORT).read_text())
         elif entry.copies:
             model = folder / "experts"
             place = ("--source", str(self._dense), "--output", str(model), "--skip-verify")
@@ -197,6 +198,8 @@ class Study:
         options += ["--buckets", entry.buckets, "--seed-fraction", str(self.seed_fraction)]
         options += ["--seed", str(seed), "--micro-batch-size", "8"]
         step(folder, "route", "tools/initialise_router.py", options)
+        if not (folder / ROUTER_REPORT).is_file():
+            shutil.copy(folder / "routed" / ROUTER_REPORT, folder)
         return folder / "routed"
 
     def _dense_steps(self, half: bool) -> int:

@@ -37,10 +37,10 @@ def fake_world(run: RunConfig, world_size: int, rank: int, gpu: bool) -> Iterato
     here = dataclasses.replace(run.training, device="cpu", transformer_impl="local")
     environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     outside = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=world_size
     )
+    os.environ.update(environment)
     logging.disable(logging.WARNING)
     try:
         grid = grids.initialize(dataclasses.replace(run, training=here))

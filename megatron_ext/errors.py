@@ -1,6 +1,7 @@
-"""The one exception for what a user can mend, and how entry points show it."""
+"""The one exception for what a user can mend, and how entry points show it; what they hide."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -25,3 +26,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def hide_known_warnings() -> None:
+    """megatron-core's on missing GPU libraries and on deprecations, torch's on reading or saving a
+    distributed checkpoint in one process: nothing a user could act on.
+    """
+    for module in ("megatron", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module)

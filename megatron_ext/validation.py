@@ -176,6 +176,15 @@ def validate_grid(config: RunConfig, world_size: int) -> None:
         )
 
 
+def check_vocabulary(largest_token: int, vocab_size: int) -> None:
+    """Raise a UserError where data holds a token that the model has no embedding of."""
+    if largest_token >= vocab_size:
+        raise UserError(
+            f"the data holds token {largest_token}, the model knows {vocab_size}",
+            "write the data with this model's tokenizer",
+        )
+
+
 def validate_fp8(run: RunConfig) -> None:
     """What no GPU can do in fp8; TransformerEngine's products want multiples of 16."""
     training, model, parallel = run.training, run.model, run.parallel

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.errors import UserError, run_main
+from megatron_ext.errors import UserError, hide_known_warnings, run_main
 
 
 @dataclass
@@ -75,13 +75,9 @@ class Options:
 
 
 def main() -> int:
-    import warnings
-
     import tyro
 
-    # megatron-core on missing GPU libraries, torch on reading in one process: nothing to act on.
-    for module in ("megatron", "torch.distributed"):
-        warnings.filterwarnings("ignore", module=module)
+    hide_known_warnings()
     collect(tyro.cli(Options, description=__doc__))
     return 0
 

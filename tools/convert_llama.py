@@ -10,7 +10,6 @@ command compares logits before it says done.
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Annotated, Any
 
 import tyro
@@ -24,7 +23,7 @@ from megatron_ext.commands.report import Report
 from megatron_ext.commands.scale import Scale
 from megatron_ext.commands.upcycle import Upcycle
 from megatron_ext.commands.upit import Upit
-from megatron_ext.errors import run_main
+from megatron_ext.errors import hide_known_warnings, run_main
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
@@ -40,9 +39,7 @@ Command = (
 
 
 def main() -> None:
-    # megatron-core on missing GPU libraries, torch on saving from one process: nothing to act on.
-    for module in ("megatron", "torch.distributed"):
-        warnings.filterwarnings("ignore", module=module)
+    hide_known_warnings()
     # torch asks for huge pages: for tensors used once, page faults would cost as much as reading.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     command: Any = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]

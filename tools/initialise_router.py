@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.errors import UserError, run_main
+from megatron_ext.errors import UserError, hide_known_warnings, run_main
 
 if TYPE_CHECKING:
     from megatron_ext.config import ModelConfig, RunConfig
@@ -134,13 +134,9 @@ def check_mixture(load: Path, model: ModelConfig) -> None:
 
 
 def main() -> int:
-    import warnings
-
     import tyro
 
-    # megatron-core on missing GPU libraries, torch on reading in one process: nothing to act on.
-    for module in ("megatron", "torch.distributed"):
-        warnings.filterwarnings("ignore", module=module)
+    hide_known_warnings()
     initialise(tyro.cli(Options, description=__doc__))
     return 0
 
@@ -159,7 +155,7 @@ def initialise(options: Options) -> None:
     from megatron_ext.training import grid as grids
     from megatron_ext.training.data import find_domains, open_stream
     from megatron_ext.training.seeds import SeedSamples
-    from megatron_ext.validation import validate
+    from megatron_ext.validation import check_vocabulary, validate
 
     check_paths(options.load, options.save, options.force)
     weights = CheckpointWeights(options.load)
@@ -179,11 +175,7 @@ def initialise(options: Options) -> None:
             f"fewer than the {weights.model.num_experts} experts",
             "raise seed_fraction",
         )
-    if (largest := seeds.largest_token()) >= weights.model.vocab_size:
-        raise UserError(
-            f"the data holds token {largest}, the model knows {weights.model.vocab_size}",
-            "write the data with this model's tokenizer",
-        )
+    check_vocabulary(seeds.largest_token(), weights.model.vocab_size)
     grid = grids.initialize(run)
 
     from megatron_ext.training.collect import load_frozen

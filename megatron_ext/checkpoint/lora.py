@@ -25,6 +25,7 @@ from megatron_ext.checkpoint.tensors import (
 from megatron_ext.checkpoint.upcycled import MergedWeights
 from megatron_ext.construction.low_rank import factorise
 from megatron_ext.model_config import LoraTarget, ModelConfig
+from megatron_ext.random_keys import mixed_seed
 
 _NUMBERS: dict[LoraTarget, int] = {"gate": 1, "up": 2, "down": 3}
 
@@ -91,7 +92,9 @@ class LoraWeights:
             made[a], made[b] = (torch.empty(shapes[key], dtype=self.dtype) for key in (a, b))
             for expert, delta in enumerate(_rows(deltas, target)):
                 key = (self._seed, layer, expert, _NUMBERS[target])
-                factors = factorise(delta, made[a].shape[1], self.model.lora_scale, _mixed(*key))
+                factors = factorise(
+                    delta, made[a].shape[1], self.model.lora_scale, mixed_seed(*key)
+                )
                 made[a][expert], made[b][expert] = factors
         return made
 
@@ -180,11 +183,3 @@ def _place(key: str) -> tuple[int, str]:
     """Layer and name of a key; -1 where it is of no layer."""
     number, _, name = key.removeprefix("decoder.layers.").partition(".")
     return (int(number), name) if number.isdigit() else (-1, key)
-
-
-def _mixed(*key: int) -> int:
-    """One number for several, as a seed."""
-    number = 0
-    for part in key:
-        number = (number * 1_000_003 + part) % 2**63
-    return number

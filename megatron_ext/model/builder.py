@@ -32,6 +32,7 @@ from megatron_ext.model.packed import attends_to_packed_rows
 from megatron_ext.model.router import LlamaMoeRouter
 from megatron_ext.model.xft import XftMoELayer
 from megatron_ext.platform import Platform
+from megatron_ext.random_keys import mixed_seed
 
 
 @dataclass
@@ -171,7 +172,7 @@ class SeededLayer(TransformerLayer):
         if config.use_cpu_initialization and config.perform_initialization:
             offset = get_transformer_layer_offset(config, vp_stage=kwargs.get("vp_stage"))
             base = config.initialisation_seed
-            torch.manual_seed((base * 1_000_003 + offset + layer_number) % 2**63)
+            torch.manual_seed(mixed_seed(base, offset + layer_number))
         super().__init__(config, *args, layer_number=layer_number, **kwargs)
         if config.moe_xft_routing and isinstance(self.mlp, MoELayer):
             # As a module of the spec, 0.16 does not recognise a subclass as a MoE layer.

@@ -16,6 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ext.random_keys import mixed_seed
+
 
 class SwigluExperts(torch.autograd.Function):
     """y_t = probs_t * (SiLU(x_t Wg^T) * (x_t Wu^T)) Wd^T with the weights of token t's expert.
@@ -163,7 +165,7 @@ class LocalExperts(MegatronModule):
         base = torch.initial_seed()
         for local in range(self.num_local_experts):
             expert = ep_rank * self.num_local_experts + local
-            generator.manual_seed((base * 1_000_003 + expert) % 2**63)
+            generator.manual_seed(mixed_seed(base, expert))
             hidden, width = self.linear_fc2.shape[1], self.linear_fc2.shape[2]
             whole = (
                 torch.randn(3, width * tp_size, hidden, generator=generator)

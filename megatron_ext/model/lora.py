@@ -28,6 +28,7 @@ from megatron_ext.model.experts import (
     weighted_swiglu,
     weighted_swiglu_backward,
 )
+from megatron_ext.random_keys import mixed_seed
 
 # Which dimension of a factor [e, ., .] is cut over expert-tensor ranks; they copy the others.
 _CUT = {("gate", "b"): 1, ("up", "b"): 1, ("down", "a"): 2}
@@ -145,14 +146,14 @@ class LoraExperts(MegatronModule):
         first = self.ep_group.rank() * self.num_local_experts
         base, shared = torch.initial_seed(), config.num_moe_experts  # keys: 0, ..., E - 1 and E
         generator = torch.Generator()
-        generator.manual_seed((base * 1_000_003 + shared) % 2**63)
+        generator.manual_seed(mixed_seed(base, shared))
         hidden, width = self.base_fc2.shape
         whole = torch.randn(3, width * tp_size, hidden, generator=generator)
         mine = whole.mul_(config.init_method_std).chunk(tp_size, dim=1)[tp_rank]
         self.base_fc1.copy_(mine[:2].reshape(2 * width, hidden))
         self.base_fc2.copy_(mine[2].t())
         for local in range(self.num_local_experts):
-            generator.manual_seed((base * 1_000_003 + first + local) % 2**63)
+            generator.manual_seed(mixed_seed(base, first + local))
             for target in config.lora_targets:
                 a, b = self._factors(target)
                 pieces = tp_size if (target, "a") in _CUT else 1

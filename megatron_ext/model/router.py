@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.model.context import context_share
 from megatron_ext.model.xft import xft_weights
+from megatron_ext.random_keys import mixed_seed
 
 NOISE_EPSILON = 0.01
 """Smallest standard deviation of the gate noise (LLaMA-MoE's gate_noise_epsilon)."""
@@ -166,7 +167,7 @@ class LlamaMoeRouter(TopKRouter):
         The noise of the whole sequence is drawn and this rank's positions are cut out of it.
         """
         generator = torch.Generator(device=logits.device)
-        generator.manual_seed((seed * 1_000_003 + self.layer_number) % 2**63)
+        generator.manual_seed(mixed_seed(seed, self.layer_number))
         s, b, experts = logits.shape
         noise = torch.randn(
             s * self._shards,

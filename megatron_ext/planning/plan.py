@@ -101,6 +101,15 @@ class Plan:
         return self.run.training.global_batch_size * self.run.data.seq_length
 
     @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.tokens_per_step / self.times().step
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens_per_second * 86400
+
+    @property
     def parameters(self) -> tuple[int, int]:
         """Total and active."""
         return count_parameters(self.run.model)
@@ -206,7 +215,6 @@ class Plan:
         """All figures, as plain values."""
         times, parallel = self.times(), self.run.parallel
         total, active = self.parameters
-        tokens_per_second = self.tokens_per_step / times.step
         return {
             "gpu": self.machine.gpu.name,
             "world_size": self.world_size,
@@ -241,8 +249,8 @@ class Plan:
             "bubble_share": times.bubble / times.step,
             "mfu": self.mfu,
             "tokens_per_step": self.tokens_per_step,
-            "tokens_per_second": tokens_per_second,
-            "tokens_per_day": tokens_per_second * 86400,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_day": self.tokens_per_day,
             "days": self.run.training.train_iters * times.step / 86400,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_seconds": self.checkpoint_seconds,

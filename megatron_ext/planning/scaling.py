@@ -109,7 +109,7 @@ def _row(plan: Plan, first: str) -> tuple[str, ...]:
         f"{100 * (times.tensor_and_expert + times.pipeline + times.gradients) / times.step:.0f}",
         f"{100 * times.bubble / times.step:.0f}",
         f"{100 * plan.mfu:.0f}",
-        f"{plan.summary()['tokens_per_day'] / 1e9:.2f}",
+        f"{plan.tokens_per_day / 1e9:.2f}",
     )
 
 
@@ -154,7 +154,7 @@ def _scaled(name: str, assumed: Assumed) -> str:
         if best is None:
             rows.append((f"{world_size:,}", "does not fit", *("" for _ in HEAD)))
             continue
-        rate = best.summary()["tokens_per_second"]
+        rate = best.tokens_per_second
         first = first or (world_size, rate)
         ideal = rate / first[1] / (world_size / first[0])
         rows.append((*_row(best, f"{world_size:,}"), f"{100 * ideal:.0f} %"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_ext.config import RunConfig
 from megatron_ext.planning.plan import Plan
+from megatron_ext.validation import data_parallel_size
 
 NOTE = (
     "Weights, gradients, optimizer state, activations and messages are counted on the code that "
@@ -53,15 +54,15 @@ def grid_name(run: RunConfig) -> str:
 
 def describe(plan: Plan) -> str:
     """All of a plan."""
-    figures, machine = plan.summary(), plan.machine
+    machine = plan.machine
     nodes = -(-plan.world_size // machine.assumed.gpus_per_node)
     parts = [
         f"{plan.world_size} x {machine.gpu.name}, {nodes} node{'s' if nodes > 1 else ''}: "
-        f"{grid_name(plan.run)}, data {figures['grid']['data_parallel_size']}; "
+        f"{grid_name(plan.run)}, data {data_parallel_size(plan.run.parallel, plan.world_size)}; "
         f"{plan.micro_batches} micro-batches of {plan.run.training.micro_batch_size} x "
         f"{plan.run.data.seq_length} tokens",
         f"{billions(plan.parameters[0])} parameters, {billions(plan.parameters[1])} active; "
-        f"{figures['model_flops']:.3g} FLOPs a step",
+        f"{plan.model_flops:.3g} FLOPs a step",
         _memory(plan),
         _times(plan),
         _traffic(plan),
@@ -89,7 +90,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _times(plan: Plan) -> str:
-    times, figures = plan.times(), plan.summary()
+    times, steps = plan.times(), plan.run.training.train_iters
     rows = [("a step", "s", "%")]
     for name, value in (
         ("compute", times.compute),
@@ -103,9 +104,9 @@ def _times(plan: Plan) -> str:
         rows.append((name, f"{value:.3f}", f"{100 * value / times.step:.1f}"))
     return (
         f"{table(rows)}\nMFU {100 * plan.mfu:.0f} %, "
-        f"{figures['tokens_per_second'] / plan.world_size:,.0f} tokens/s a GPU, "
-        f"{figures['tokens_per_day'] / 1e9:.2f} B tokens a day, "
-        f"{figures['days']:.1f} days for {plan.run.training.train_iters} steps\n"
+        f"{plan.tokens_per_second / plan.world_size:,.0f} tokens/s a GPU, "
+        f"{plan.tokens_per_day / 1e9:.2f} B tokens a day, "
+        f"{steps * times.step / 86400:.1f} days for {steps} steps\n"
         f"checkpoint {gigabytes(plan.checkpoint_bytes)} GB, {plan.checkpoint_seconds:,.0f} s"
     )
 
@@ -141,7 +142,7 @@ def compare(plans: Sequence[Plan]) -> str:
                 f"{times.step:.2f}",
                 f"{100 * plan.mfu:.1f}",
                 f"{100 * times.bubble / times.step:.1f}",
-                f"{plan.summary()['tokens_per_day'] / 1e9:.2f}",
+                f"{plan.tokens_per_day / 1e9:.2f}",
             )
         )
     return table(rows)

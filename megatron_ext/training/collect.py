@@ -26,15 +26,15 @@ from megatron_ext.config import RunConfig
 from megatron_ext.construction import statistics
 from megatron_ext.construction.clustering import balanced_kmeans
 from megatron_ext.construction.statistics import LayerStatistics
-from megatron_ext.errors import UserError
 from megatron_ext.model.builder import build_model, transformer_config
-from megatron_ext.model.packed import packed_rows
 from megatron_ext.training import probe as probes
 from megatron_ext.training.grid import Grid
 from megatron_ext.training.passes import run_schedule
 from megatron_ext.training.probe import Probe
 from megatron_ext.training.samples import MicroBatch, SamplePool, sentence_embeddings
+from megatron_ext.training.step import place, run_model
 from megatron_ext.training.unfinished import INPUT_GROUPS, INPUTS, Settings, Unfinished
+from megatron_ext.validation import check_vocabulary
 
 SUMMED = (probes.TOKENS, probes.INPUT_SUM, probes.IMPORTANCE, probes.GRADIENT)
 
@@ -168,32 +168,14 @@ class Collector:
         self, batches: Iterator[MicroBatch], model: Any, *unused: Any
     ) -> tuple[Tensor, Any]:
         """megatron-core's forward_step_func."""
-        device = self.grid.platform.device
-        batch = next(batches)
-        packed = None
-        if "cu_seqlens" in batch:
-            packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, device)
-        batch = {name: part.to(device) for name, part in batch.items()}
+        batch, packed = place(next(batches), self.grid.platform.device)
         self.probe.begin(batch)
-        mask = batch["loss_mask"]
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            None,
-            labels=batch["labels"],
-            loss_mask=mask,
-            padding_mask=batch.get("padding_mask"),
-            packed_seq_params=packed,
-        )
-        return output, functools.partial(_sum_loss, mask)
+        output = run_model(model, batch, packed)
+        return output, functools.partial(_sum_loss, batch["loss_mask"])
 
     def _check_tokens(self, batches: list[MicroBatch]) -> None:
         largest = max(int(batch["tokens"].max()) for batch in batches)
-        if largest >= self.run.model.vocab_size:
-            raise UserError(
-                f"the data holds token {largest}, the model knows {self.run.model.vocab_size}",
-                "write the data with this model's tokenizer",
-            )
+        check_vocabulary(largest, self.run.model.vocab_size)
 
     def _reduce(self) -> None:
         """Add up what the ranks of this pipeline stage saw (each its tokens and its neurons)."""

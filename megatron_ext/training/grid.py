@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from dataclasses import dataclass
 
 import torch
 
 from megatron_ext import platform as platforms
 from megatron_ext.config import RunConfig
+from megatron_ext.errors import hide_known_warnings
 from megatron_ext.validation import data_parallel_size, validate
 
 logger = logging.getLogger(__name__)
@@ -134,5 +134,4 @@ def _log_on_main_rank() -> None:
     logging.getLogger("megatron_ext").setLevel(logging.INFO if is_main else logging.ERROR)
     # On missing GPU libraries (the platform's line says it) and on deprecations between the two.
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    for module in ("megatron", "torch.distributed"):
-        warnings.filterwarnings("ignore", module=module)
+    hide_known_warnings()

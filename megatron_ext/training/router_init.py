@@ -26,7 +26,6 @@ from megatron_ext.checkpoint.run_state import unwrap
 from megatron_ext.config import RunConfig
 from megatron_ext.construction.buckets import Negatives, class_weights
 from megatron_ext.model.builder import routers
-from megatron_ext.model.context import context_share
 from megatron_ext.model.one_hot import (
     Gate,
     GatedRouting,
@@ -34,10 +33,10 @@ from megatron_ext.model.one_hot import (
     one_expert_a_token,
     tokens_of,
 )
-from megatron_ext.model.packed import packed_rows
 from megatron_ext.training.grid import Grid
 from megatron_ext.training.passes import run_schedule
 from megatron_ext.training.seeds import Ints, MicroBatch, SeedSamples
+from megatron_ext.training.step import place, run_model
 
 Route = Callable[[Tensor], OneHotRouting | None]
 """From the samples of positions [b, s] to a micro-batch's routing; none: the routers' own."""
@@ -286,29 +285,12 @@ class RouterInitialiser:
         self, route: Route, loss: Loss, batches: Iterator[MicroBatch], model: Any, *unused: Any
     ) -> tuple[Tensor, Any]:
         """megatron-core's forward_step_func, but for the first two arguments."""
-        batch = next(batches)
-        packed = None
-        if "cu_seqlens" in batch:
-            packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, self._device)
-        group = parallel_state.get_context_parallel_group()
-        batch = {
-            name: context_share(tensor, 1, group).to(self._device)
-            for name, tensor in batch.items()
-            if name != "cu_seqlens"
-        }
+        batch, packed = place(next(batches), self._device)
         given = route(batch["sample"])
         for router in self.routers:
             router.given = given
         mask = batch["loss_mask"]
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            None,
-            labels=batch["labels"],
-            loss_mask=mask,
-            padding_mask=batch.get("padding_mask"),
-            packed_seq_params=packed,
-        )
+        output = run_model(model, batch, packed)
 
         def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return loss(batch["sample"], mask, losses), mask.sum().int(), {}

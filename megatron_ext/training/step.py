@@ -12,9 +12,12 @@ from torch import Tensor
 
 from megatron_ext.mixing.ledger import LoadLedger
 from megatron_ext.model.context import context_share
-from megatron_ext.model.packed import packed_rows
+from megatron_ext.model.packed import PackedRows, packed_rows
 
 MicroBatch = dict[str, Tensor]
+
+_WHOLE = ("domain", "cu_seqlens")
+"""Without positions: no context rank has a share of them."""
 
 
 class ForwardStep:
@@ -62,35 +65,47 @@ class ForwardStep:
         trained = float(batch["loss_mask"].sum()) if "loss_mask" in batch else None
         for router in self.routers:
             router.noise_seed, router.trained_tokens = noise_seed, trained
-        packed = None
-        if "cu_seqlens" in batch:
-            packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, self.device)
-        batch = {
-            name: self._share(name, tensor).to(self.device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
+        batch, packed = place(batch, self.device)
         if self.ledger is not None:
             self.ledger.domains = batch["domain"]
-        output = model(
-            batch.get("tokens"),
-            batch.get("position_ids"),
-            None,
-            labels=batch.get("labels"),
-            loss_mask=batch.get("loss_mask"),
-            padding_mask=batch.get("padding_mask"),
-            packed_seq_params=packed,
-        )
+        output = run_model(model, batch, packed)
         sum_loss = functools.partial(
             _sum_loss, batch.get("loss_mask"), batch["domain"], self.num_domains
         )
         return output, sum_loss
 
-    @staticmethod
-    def _share(name: str, tensor: Tensor) -> Tensor:
-        """What this context rank has of [b, S]; others stay whole."""
-        if name in ("domain", "cu_seqlens"):
-            return tensor
-        return context_share(tensor, 1, parallel_state.get_context_parallel_group())
+
+def place(batch: MicroBatch, device: torch.device) -> tuple[MicroBatch, PackedRows | None]:
+    """A micro-batch where its model is: this context rank's positions of [b, S], what has no
+    positions whole; and the sequences in its rows, where they are packed.
+    """
+    packed = None
+    if "cu_seqlens" in batch:
+        packed = packed_rows(batch["cu_seqlens"], batch["tokens"].shape, device)
+    group = parallel_state.get_context_parallel_group()
+    placed = {
+        name: (tensor if name in _WHOLE else context_share(tensor, 1, group)).to(
+            device, non_blocking=True
+        )
+        for name, tensor in batch.items()
+    }
+    return placed, packed
+
+
+def run_model(model: Any, batch: MicroBatch, packed: PackedRows | None) -> Tensor:
+    """One forward pass of a chunk over what `place` returned; on stages that read no tokens, of
+    what the stage before has sent.
+    """
+    output: Tensor = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        None,
+        labels=batch.get("labels"),
+        loss_mask=batch.get("loss_mask"),
+        padding_mask=batch.get("padding_mask"),
+        packed_seq_params=packed,
+    )
+    return output
 
 
 def _sum_loss(

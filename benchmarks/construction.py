@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import tyro
 from report import RESULTS, Row, row, write
-from stages import step
+from stages import losses_of, step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -238,12 +238,7 @@ class Study:
 def held_out_losses(metrics: Path) -> dict[int, dict[str, float]]:
     """Held-out loss of each domain, at each step where a run evaluated."""
     records = map(json.loads, metrics.read_text().splitlines())
-    mark = "loss/"
-    return {
-        record["step"]: {k.removeprefix(mark): v for k, v in record.items() if k.startswith(mark)}
-        for record in records
-        if record["kind"] == "valid"
-    }
+    return {row["step"]: losses_of(row) for row in records if row["kind"] == "valid"}
 
 
 def _spread(values: list[float]) -> str:

@@ -1,23 +1,14 @@
-"""The report of the mixing study: tables and sentences of the raw results, and pictures.
+"""The report of the mixing study: tables and sentences of the raw results, and pictures."""
 
-`mixing.md` has one generated part, between two comments; what is written around it by hand stays.
-"""
-
-import json
 import statistics
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from mixing_pictures import draw_decisions, draw_differences, draw_weights
-from paired import Difference, paired
+from mixing_pictures import draw_decisions, draw_weights
+from paired import Difference
+from study_pictures import draw_differences
+from study_report import Results, claims_table, interval, trained_on, write_generated
 
-from megatron_ext.errors import UserError
-from megatron_ext.files import written_whole
-
-Row = dict[str, Any]
-BEGIN, END = "<!-- generated from mixing.jsonl: begin -->", "<!-- generated: end -->"
 BASE = "uniform"
 # What the papers claim of pairs: the first should have the lower loss.
 CLAIMS = (
@@ -30,67 +21,20 @@ CLAIMS = (
 )
 
 
-class Results:
-    """Runs by strategy and seed.
-
-    Raises:
-        UserError: there are none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist", "run the study first")
-        self.settings, *runs = (json.loads(line) for line in path.read_text().splitlines())
-        self.runs: dict[str, dict[int, Row]] = {}
-        for run in runs:
-            self.runs.setdefault(run["strategy"], {})[run["seed"]] = run
-        if BASE not in self.runs:
-            raise UserError(f"{path} holds no run of {BASE}", "it is what others are compared with")
-        self.names = list(next(iter(self.runs[BASE].values()))["loss"])
-
-    def losses(self, strategy: str, name: str | None = None) -> dict[int, float]:
-        """Held-out loss by seed: of one data set, or the mean of all (each counts alike)."""
-        return {
-            seed: run["loss"][name] if name else statistics.fmean(run["loss"].values())
-            for seed, run in self.runs[strategy].items()
-        }
-
-    def difference(
-        self, strategy: str, other: str = BASE, name: str | None = None
-    ) -> Difference | None:
-        """None where the two have no seed in common."""
-        ours, theirs = self.losses(strategy, name), self.losses(other, name)
-        return paired(ours, theirs) if ours.keys() & theirs.keys() else None
-
-
 def write_report(folder: Path) -> Path:
     """Write mixing.md and img/mixing_*.svg beside mixing.jsonl; returns the path of the first."""
-    results = Results(folder / "mixing.jsonl")
+    results = Results(folder / "mixing.jsonl", "strategy", BASE)
     pictures = folder / "img"
     pictures.mkdir(exist_ok=True)
-    others = [name for name in results.runs if name != BASE]
-    columns = [None, *results.names]
-    cells = {
-        (strategy, name): results.difference(strategy, name=name)
-        for strategy in others
-        for name in columns
-    }
-    draw_differences(pictures / "mixing_differences.svg", others, columns, cells)
+    draw_differences(pictures / "mixing_differences.svg", results)
     draw_weights(pictures / "mixing_weights.svg", results.names, results.runs)
     draw_decisions(pictures / "mixing_decisions.svg", results.names, results.runs)
     path = folder / "mixing.md"
-    before, after = "# Mixing strategies compared\n\n", ""
-    if path.is_file():
-        before, found, rest = path.read_text().partition(BEGIN)
-        after = rest.partition(END)[2] if found else ""
-    text = "\n".join([BEGIN, "", *map(_wrapped, _body(results, cells)), "", END])
-    with written_whole(path) as partial:
-        partial.write_text(f"{before}{text}{after or chr(10)}")
+    write_generated(path, "Mixing strategies compared", "mixing.jsonl", _body(results))
     return path
 
 
-def _body(results: Results, cells: Mapping[tuple[str, str | None], Difference | None]) -> list[str]:
-    others = [name for name in results.runs if name != BASE]
+def _body(results: Results) -> list[str]:
     return [
         "## What was run",
         "",
@@ -106,15 +50,15 @@ def _body(results: Results, cells: Mapping[tuple[str, str | None], Difference | 
         "",
         "![Differences to uniform](img/mixing_differences.svg)",
         "",
-        *(_sentence(name, cells[name, None]) for name in others),
+        *(_sentence(name, results.cells[name, None]) for name in results.others),
         "",
         "### By data set",
         "",
-        *_data_table(results, others, cells),
+        *_data_table(results),
         "",
         "### Strategy against strategy",
         "",
-        *_claims_table(results),
+        *claims_table(results, CLAIMS),
         "",
         "## Weights, loads and distances",
         "",
@@ -145,12 +89,12 @@ def _setting(results: Results) -> list[str]:
         f"a decision every {study['interval']} steps, AdamW with peak rate {study['lr']:g}, "
         f"cosine to 0. {minutes:.0f} CPU minutes in all, {60 * minutes / len(runs):.0f} s a run.",
         f"- **Model**: LLaMA of {base['num_layers']} layers, width {base['hidden_size']}, "
-        f"vocabulary {base['vocab_size']}, trained for {_tokens(base, 'dense_iters')} tokens of "
+        f"vocabulary {base['vocab_size']}, trained for {trained_on(base, 'dense_iters')} tokens of "
         f"{', '.join(base['domains'])}; every FFN cut into {base['num_experts']} experts of which "
         f"a token uses {base['moe_router_topk']} (independent_random), trained for "
-        f"{_tokens(base, 'moe_iters')} more. Each seed has its own cut, routers, sample order and "
-        "gate noise. Routers are frozen while tuning; gate noise and the CV² balance loss (0.01) "
-        "are on.",
+        f"{trained_on(base, 'moe_iters')} more. Each seed has its own cut, routers, sample order "
+        "and gate noise. Routers are frozen while tuning; gate noise and the CV² balance loss "
+        "(0.01) are on.",
         "- **Data**: vicuna_v1.1 template, loss on answers, a tenth held out by a hash of the "
         f"text, of which {study['eval_samples']} packed rows of each data set are evaluated.",
         "",
@@ -167,59 +111,32 @@ def _setting(results: Results) -> list[str]:
     return lines
 
 
-def _tokens(base: Row, steps: str) -> str:
-    return f"{base[steps] * base['global_batch_size'] * base['seq_length']:,}"
-
-
 def _main_table(results: Results) -> list[str]:
     lines = [
         "| strategy | seeds | loss | difference to uniform | lower in | trained tokens |",
         "|---|---|---|---|---|---|",
     ]
-    means = {
-        strategy: statistics.fmean(results.losses(strategy).values()) for strategy in results.runs
-    }
     for strategy, runs in results.runs.items():
         tokens = statistics.fmean(run["trained_tokens"] for run in runs.values())
-        found = results.difference(strategy) if strategy != BASE else None
+        found = results.cells.get((strategy, None))
         where = f"{found.below} of {found.pairs}" if found else "-"
         lines.append(
-            f"| {strategy} | {len(runs)} | {means[strategy]:.4f} | {_interval(found)} | {where} | "
-            f"{tokens:,.0f} |"
+            f"| {strategy} | {len(runs)} | {results.mean(strategy):.4f} | {interval(found)} | "
+            f"{where} | {tokens:,.0f} |"
         )
     return lines
 
 
-def _data_table(
-    results: Results,
-    others: list[str],
-    cells: Mapping[tuple[str, str | None], Difference | None],
-) -> list[str]:
-    level = (statistics.fmean(results.losses(BASE, name).values()) for name in results.names)
+def _data_table(results: Results) -> list[str]:
+    level = (results.mean(BASE, name) for name in results.names)
     lines = [
         f"| | {' | '.join(results.names)} |",
         "|---|" + "---|" * len(results.names),
         f"| {BASE}: loss | {' | '.join(f'{loss:.4f}' for loss in level)} |",
     ]
-    for strategy in others:
-        row = (_interval(cells[strategy, name]) for name in results.names)
+    for strategy in results.others:
+        row = (interval(results.cells[strategy, name]) for name in results.names)
         lines.append(f"| {strategy} | {' | '.join(row)} |")
-    return lines
-
-
-def _claims_table(results: Results) -> list[str]:
-    lines = [
-        "| claim | compared | difference | lower in | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for first, second, claim in CLAIMS:
-        if first in results.runs and second in results.runs:
-            if found := results.difference(first, second):
-                verdict = {-1: "holds here", 0: "cannot be told", 1: "the reverse here"}[found.sign]
-                lines.append(
-                    f"| {claim} | {first} - {second} | {_interval(found)} | {found.below} of "
-                    f"{found.pairs} | {verdict} |"
-                )
     return lines
 
 
@@ -254,24 +171,7 @@ def _sentence(strategy: str, found: Difference | None) -> str:
     if found is None:
         return f"- `{strategy}` shares no seed with `{BASE}`."
     verdict = {-1: "better than", 0: "cannot be told from", 1: "worse than"}[found.sign]
-    return f"- `{strategy}` {verdict} `{BASE}`: {_interval(found)}, {found.pairs} seeds."
-
-
-def _wrapped(line: str) -> str:
-    """A paragraph or list item on lines of at most 120 characters; tables stay."""
-    if line.startswith("|"):
-        return line
-    indent = "  " if line.startswith("- ") else ""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, 120, subsequent_indent=indent, **options)
-
-
-def _interval(found: Difference | None) -> str:
-    if found is None:
-        return "-"
-    if found.pairs < 2:
-        return f"{found.mean:+.4f} [one seed]"
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"- `{strategy}` {verdict} `{BASE}`: {interval(found)}, {found.pairs} seeds."
 
 
 def _range(values: Iterable[float]) -> str:

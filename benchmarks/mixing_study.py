@@ -15,7 +15,6 @@ shows that everything works, and nothing else.
 
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -29,11 +28,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixing_report import write_report  # noqa: E402
-from stages import step  # noqa: E402
-from study_base import Base, text_of_wheels, train  # noqa: E402
+from stages import losses_of, step  # noqa: E402
+from study_base import Base, folders, tune, write_rows  # noqa: E402
 
 from megatron_ext.errors import UserError, run_main  # noqa: E402
-from megatron_ext.files import written_whole  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -122,8 +120,6 @@ class Study:
         for name in self.strategies:
             if name not in STRATEGIES:
                 raise UserError(f"no strategy {name}", f"known: {', '.join(STRATEGIES)}")
-        if (self.data_dir is None) != (self.pretrain_dir is None):
-            raise UserError("one of data_dir and pretrain_dir is missing", "give both, or neither")
         if self.quick:
             self.strategies, self.seeds = ["uniform", "router_load", "load_progress"], [1, 2]
             self.steps, self.interval, self.eval_samples = 36, 3, 8
@@ -133,11 +129,8 @@ class Study:
 
     def _base(self) -> tuple[Base, Path]:
         """What the study starts from, and its conversations."""
+        text, talks = folders(self.work, self.pretrain_dir, self.data_dir)
         self.work.mkdir(parents=True, exist_ok=True)
-        if self.data_dir is None or self.pretrain_dir is None:
-            text, talks = text_of_wheels(self.work)
-        else:
-            text, talks = self.pretrain_dir, self.data_dir
         base = Base(self.work, text)
         if self.quick:
             base = Base(self.work, text, dense_iters=100, moe_iters=30, tokenizer_bytes=200_000)
@@ -168,7 +161,7 @@ class Study:
             for done in runs.values():
                 done.result()
                 finished = [r.result() for r in runs.values() if r.done() and not r.exception()]
-                self._write(folder, self._settings(base, data), finished)
+                write_rows(folder / "mixing.jsonl", [self._settings(base, data), *finished])
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -199,21 +192,14 @@ class Study:
             data = self._data(talks, seq_length)
             options["initial"] = self._measure(entry.initial, seed, model.result(), data)
         mixing = {"strategy": entry.strategy, "interval": self.interval, "options": options}
-        recipe = folder / "recipe.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(json.dumps({"mixing": mixing}, indent=2) + "\n")  # YAML holds JSON
-        run = folder / "run"
-        command = ["--config", str(recipe), "--load", str(model.result()), "--save", str(run)]
+        command = ["--load", str(model.result())]
         command += ["--seed", str(seed), *self._data(talks, seq_length)]
         command += ["--freeze", "router", "--moe-gate-noise", "True", "--weight-decay", "0"]
-        command += ["--train-iters", str(self.steps), "--lr", str(self.lr), "--min-lr", "0"]
+        command += ["--lr", str(self.lr), "--min-lr", "0"]
         command += ["--global-batch-size", str(self.global_batch_size)]
         command += ["--lr-warmup-iters", str(max(1, round(0.03 * self.steps)))]
-        rows = train(folder, "tune", "finetune_moe.py", command, run, self.steps)
-        for checkpoint in run.glob("iter_*"):
-            shutil.rmtree(checkpoint)
-        times = json.loads((folder / "tune.json").read_text())
-        return {"strategy": name, "seed": seed, **_summary(rows), "cpu": round(times["cpu"], 1)}
+        rows, cpu = tune(folder, mixing, command, self.steps)
+        return {"strategy": name, "seed": seed, **_summary(rows), "cpu": cpu}
 
     def _measure(self, by: str, seed: int, model: Path, data: list[str]) -> str:
         """Weights in proportion to the distances of a seed's model before tuning."""
@@ -240,11 +226,6 @@ class Study:
             "data": {name: _counts(found) for name, found in data["domains"].items()},
         }
 
-    def _write(self, folder: Path, settings: Row, runs: list[Row]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "mixing.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in [settings, *runs]))
-
 
 def _counts(found: Row) -> Row:
     """Of a domain in dataset.json: sizes and what was left out, without the places of files."""
@@ -254,9 +235,9 @@ def _counts(found: Row) -> Row:
 
 def _summary(rows: list[Row]) -> Row:
     """What the report needs of a run's metrics.jsonl."""
-    last = rows[-1]
+    losses = losses_of(rows[-1])
     trained = [row for row in rows if row["kind"] == "train"]
-    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+    names = list(losses)
     kinds = ("distance", "progress", "confidence", "excess_loss")
     decisions = []
     for row in (row for row in rows if row["kind"] == "mixing"):
@@ -269,7 +250,7 @@ def _summary(rows: list[Row]) -> Row:
             kept["loads"] = [[_short(share) for share in shares] for shares in row["load"]]
         decisions.append(kept)
     return {
-        "loss": {name: round(last[f"loss/{name}"], 5) for name in names},
+        "loss": {name: round(loss, 5) for name, loss in losses.items()},
         "train_loss": round(sum(row["loss"] for row in trained[-10:]) / len(trained[-10:]), 4),
         "trained_tokens": sum(row["tokens"] for row in trained),
         "epochs": {name: _short(trained[-1][f"epochs/{name}"]) for name in names},

@@ -60,3 +60,9 @@ def step(folder: Path, name: str, program: str, arguments: Sequence[str]) -> dic
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(unfinished, done)
     return result
+
+
+def losses_of(row: dict[str, Any]) -> dict[str, float]:
+    """Loss of each domain in a row of a run's metrics.jsonl."""
+    mark = "loss/"
+    return {k.removeprefix(mark): v for k, v in row.items() if k.startswith(mark)}

@@ -48,6 +48,19 @@ def text_of_wheels(work: Path) -> tuple[Path, Path]:
     return text / "pretrain", text / "finetune"
 
 
+def folders(work: Path, pretrain_dir: Path | None, data_dir: Path | None) -> tuple[Path, Path]:
+    """Where text and conversations are: as given, or the demo's.
+
+    Raises:
+        UserError: only one of them is given.
+    """
+    if pretrain_dir is None and data_dir is None:
+        return text_of_wheels(work)
+    if pretrain_dir is None or data_dir is None:
+        raise UserError("one of data_dir and pretrain_dir is missing", "give both, or neither")
+    return pretrain_dir, data_dir
+
+
 @dataclass(frozen=True)
 class Base:
     """Data and models of one study, below `work`."""
@@ -189,3 +202,33 @@ def train(
         note.unlink()
         raise UserError(f"{folder}: {name} was stopped early", "the same command goes on from here")
     return rows
+
+
+def tune(
+    folder: Path, mixing: dict[str, Any], options: list[str], steps: int, keep: bool = False
+) -> tuple[list[dict[str, Any]], float]:
+    """Tune with finetune_moe.py in FOLDER/run, once.
+
+    Args:
+        mixing: the recipe's section.
+        options: of the command line.
+        keep: the run's checkpoints too, not only what was measured.
+
+    Returns:
+        Rows of its metrics.jsonl, and CPU seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, run = folder / "recipe.yaml", folder / "run"
+    recipe.write_text(json.dumps({"mixing": mixing}, indent=2) + "\n")  # YAML holds JSON
+    options = ["--config", str(recipe), "--save", str(run), "--train-iters", str(steps), *options]
+    rows = train(folder, "tune", "finetune_moe.py", options, run, steps)
+    for checkpoint in () if keep else run.glob("iter_*"):
+        shutil.rmtree(checkpoint)
+    return rows, round(json.loads((folder / "tune.json").read_text())["cpu"], 1)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A .jsonl file, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,25 +1,14 @@
-"""The report of the UpIT study: tables of the raw results, and pictures.
-
-`upit.md` has one generated part, between two comments; what is written around it by hand stays.
-"""
+"""The report of the UpIT study: tables of the raw results, and pictures."""
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
-from mixing_pictures import draw_differences, save
-from paired import Difference, paired
+from study_pictures import draw_differences, panels, save
+from study_report import Results, claims_table, interval, trained_on, write_generated
 
-from megatron_ext.errors import UserError
-from megatron_ext.files import written_whole
-
-Row = dict[str, Any]
-BEGIN, END = "<!-- generated from upit.jsonl: begin -->", "<!-- generated: end -->"
 BASE = "upcycling"
 # What the paper claims of pairs: the first should have the lower loss.
 CLAIMS = (
@@ -35,78 +24,45 @@ CLAIMS = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write upit.md and img/upit_*.svg beside upit.jsonl; returns the path of the first.
-
-    Raises:
-        UserError: there are no results.
-    """
-    path = folder / "upit.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", "run the study first")
-    settings, *rows = (json.loads(line) for line in path.read_text().splitlines())
-    runs: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        runs.setdefault(row["variant"], {})[row["seed"]] = row
-    names = list(rows[0]["loss"])
+    """Write upit.md and img/upit_*.svg beside upit.jsonl; returns the path of the first."""
+    results = Results(folder / "upit.jsonl", "variant", BASE)
     pictures = folder / "img"
     pictures.mkdir(exist_ok=True)
-    others = [name for name in runs if name != BASE]
-    columns = [None, *names]
-    cells = {(v, name): _difference(runs, v, BASE, name) for v in others for name in columns}
-    draw_differences(pictures / "upit_differences.svg", others, columns, cells, BASE)
-    _draw_loads(pictures / "upit_loads.svg", names, runs)
-    report = folder / "upit.md"
-    before, after = "# UpIT and its parts\n\n", ""
-    if report.is_file():
-        before, found, rest = report.read_text().partition(BEGIN)
-        after = rest.partition(END)[2] if found else ""
-    body = [
-        *_setting(settings, rows),
+    draw_differences(pictures / "upit_differences.svg", results)
+    _draw_loads(pictures / "upit_loads.svg", results)
+    path = folder / "upit.md"
+    write_generated(path, "UpIT and its parts", "upit.jsonl", _body(results))
+    return path
+
+
+def _body(results: Results) -> list[str]:
+    return [
+        *_setting(results),
         *("", "## Held-out loss", ""),
         "Nats per trained token, the mean of the data sets; the same tokens for all but the "
         f"variants with `half`. Differences are to `{BASE}` on the same seeds, with 95 % t "
         "intervals; negative is better.",
-        *("", *_table(runs, names, cells), ""),
+        *("", *_table(results), ""),
         "![Differences](img/upit_differences.svg)",
-        *("", *_claims(runs), ""),
-        *("## Routers", "", *_routers(runs), ""),
+        *("", *claims_table(results, CLAIMS), ""),
+        *("## Routers", "", *_routers(results), ""),
         *("![Loads](img/upit_loads.svg)", ""),
-        *_spread(runs),
+        *_spread(results),
     ]
-    text = "\n".join([BEGIN, "", *body, "", END])
-    with written_whole(report) as partial:
-        partial.write_text(f"{before}{text}{after or chr(10)}")
-    return report
 
 
-def _losses(runs: Mapping[str, Mapping[int, Row]], name: str, of: str | None) -> dict[int, float]:
-    """By seed: of one data set, or the mean of all."""
-    return {
-        seed: run["loss"][of] if of else statistics.fmean(run["loss"].values())
-        for seed, run in runs[name].items()
-    }
-
-
-def _difference(
-    runs: Mapping[str, Mapping[int, Row]], first: str, second: str, of: str | None = None
-) -> Difference | None:
-    """None where the two have no seed in common."""
-    if first not in runs or second not in runs or not runs[first].keys() & runs[second].keys():
-        return None
-    return paired(_losses(runs, first, of), _losses(runs, second, of))
-
-
-def _setting(settings: Row, rows: list[Row]) -> list[str]:
-    study, base, data = (settings[part] for part in ("study", "base", "data"))
+def _setting(results: Results) -> list[str]:
+    study, base, data = (results.settings[part] for part in ("study", "base", "data"))
+    minutes = sum(run["cpu"] for seeds in results.runs.values() for run in seeds.values()) / 60
     tokens = study["steps"] * study["global_batch_size"] * base["seq_length"]
-    trained = base["dense_iters"] * base["global_batch_size"] * base["seq_length"]
     quick = " --quick" if study["quick"] else ""
     sizes = ", ".join(f"{name} {found['train']['documents']:,}" for name, found in data.items())
     return [
         '- **Command**: `make bench-upit_study ARGS="--data-dir TALKS --pretrain-dir TEXT'
         f'{quick}"`, TALKS and TEXT being folders with a .jsonl file for each name below.',
         f"- **Model**: LLaMA of {base['num_layers']} layers, width {base['hidden_size']}, FFN "
-        f"{base['ffn_hidden_size']}, vocabulary {base['vocab_size']}, trained for {trained:,} "
+        f"{base['ffn_hidden_size']}, vocabulary {base['vocab_size']}, trained for "
+        f"{trained_on(base, 'dense_iters')} "
         f"tokens of {', '.join(base['domains'])}. Mixtures have 8 experts of that FFN's size, a "
         "token uses 2.",
         f"- **Budget**: {tokens:,} positions ({study['steps']} steps of "
@@ -117,7 +73,7 @@ def _setting(settings: Row, rows: list[Row]) -> list[str]:
         f"- **Data**: {sizes} conversations, data sets equally often, vicuna_v1.1 template, loss "
         f"on answers; {study['eval_samples']} held-out rows of each are evaluated.",
         f"- **Seeds**: {', '.join(map(str, study['seeds']))}: of sample order, merged experts, "
-        f"routers and seed data. {sum(row['cpu'] for row in rows) / 60:.0f} CPU minutes of tuning "
+        f"routers and seed data. {minutes:.0f} CPU minutes of tuning "
         "beside the dense runs.",
         "",
         "`upit`: 4 checkpoints and 4 merged experts (DARE of the least alike), routers trained on "
@@ -126,34 +82,20 @@ def _setting(settings: Row, rows: list[Row]) -> list[str]:
     ]
 
 
-def _table(
-    runs: Mapping[str, Mapping[int, Row]],
-    names: list[str],
-    cells: Mapping[tuple[str, str | None], Difference | None],
-) -> list[str]:
+def _table(results: Results) -> list[str]:
+    names = results.names
     lines = [
         f"| variant | seeds | loss | difference | {' | '.join(names)} |",
         "|---|---|---|---|" + "---|" * len(names),
     ]
-    for variant, seeds in runs.items():
-        mean = statistics.fmean(_losses(runs, variant, None).values())
-        each = (statistics.fmean(_losses(runs, variant, name).values()) for name in names)
-        found = _interval(cells.get((variant, None)))
-        losses = " | ".join(f"{loss:.4f}" for loss in each)
-        lines.append(f"| {variant} | {len(seeds)} | {mean:.4f} | {found} | {losses} |")
+    for variant, seeds in results.runs.items():
+        found = interval(results.cells.get((variant, None)))
+        mean, *each = (f"{results.mean(variant, column):.4f}" for column in (None, *names))
+        lines.append(f"| {variant} | {len(seeds)} | {mean} | {found} | {' | '.join(each)} |")
     return lines
 
 
-def _claims(runs: Mapping[str, Mapping[int, Row]]) -> list[str]:
-    lines = ["| claim | compared | difference | verdict |", "|---|---|---|---|"]
-    for first, second, claim in CLAIMS:
-        if found := _difference(runs, first, second):
-            verdict = {-1: "holds here", 0: "cannot be told", 1: "the reverse here"}[found.sign]
-            lines.append(f"| {claim} | {first} - {second} | {_interval(found)} | {verdict} |")
-    return lines
-
-
-def _routers(runs: Mapping[str, Mapping[int, Row]]) -> list[str]:
+def _routers(results: Results) -> list[str]:
     """How often a router sends a bucket's held-out tokens to the bucket's expert."""
     lines = [
         "Tokens of held-out seed samples that the router sends to their bucket's expert: as the "
@@ -162,7 +104,7 @@ def _routers(runs: Mapping[str, Mapping[int, Row]]) -> list[str]:
         "| variant | before | after | chance |",
         "|---|---|---|---|",
     ]
-    for variant, seeds in runs.items():
+    for variant, seeds in results.runs.items():
         found = [run["router"] for run in seeds.values() if "after" in run.get("router", {})]
         if found:
             moments = (
@@ -177,14 +119,14 @@ def _shares(pairs: list[list[float]]) -> str:
     return ", ".join(f"{statistics.fmean(column):.1%}" for column in zip(*pairs, strict=True))
 
 
-def _spread(runs: Mapping[str, Mapping[int, Row]]) -> list[str]:
+def _spread(results: Results) -> list[str]:
     """How differently the data sets use the experts of the last layer after tuning."""
     lines = [
         "Mean distance (l2) between two data sets' loads of the last layer's experts, after the "
         "tuning, mean over seeds:",
         "",
     ]
-    for variant, seeds in runs.items():
+    for variant, seeds in results.runs.items():
         found = [_mean_distance(run["loads"]) for run in seeds.values() if "loads" in run]
         if found:
             lines.append(f"- `{variant}`: {statistics.fmean(found):.3f}")
@@ -195,31 +137,18 @@ def _mean_distance(loads: Mapping[str, list[float]]) -> float:
     return statistics.fmean(math.dist(a, b) for a, b in itertools.combinations(loads.values(), 2))
 
 
-def _draw_loads(path: Path, names: list[str], runs: Mapping[str, Mapping[int, Row]]) -> None:
+def _draw_loads(path: Path, results: Results) -> None:
     """Loads of the last layer by data set, a panel for each mixture: of one seed, since experts
     have no common order from seed to seed.
     """
-    first = {name: next(iter(seeds.values())) for name, seeds in runs.items()}
+    first = {name: next(iter(seeds.values())) for name, seeds in results.runs.items()}
     shown = [name for name, run in first.items() if "loads" in run]
-    columns = min(4, max(1, len(shown)))
-    lines = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(2.6 * columns, 1.6 * lines + 0.4), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    for axes, variant in zip(panels, shown, strict=False):
-        loads = [first[variant]["loads"][name] for name in names]
+    figure, places = panels(len(shown), 1.6)
+    for axes, variant in zip(places, shown, strict=False):
+        loads = [first[variant]["loads"][name] for name in results.names]
         mesh = axes.pcolormesh(loads, cmap="Blues", vmin=0)
-        axes.set_yticks([n + 0.5 for n in range(len(names))], names, fontsize=7)
+        axes.set_yticks([n + 0.5 for n in range(len(loads))], results.names, fontsize=7)
         axes.set_xticks([])
         axes.set_title(variant, fontsize=8)
         figure.colorbar(mesh, ax=axes)
     save(figure, path)
-
-
-def _interval(found: Difference | None) -> str:
-    if found is None:
-        return "-"
-    if found.pairs < 2:
-        return f"{found.mean:+.4f} [one seed]"
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"

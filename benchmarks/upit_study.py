@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from stages import step
-from study_base import Base, text_of_wheels, train
+from stages import losses_of, step
+from study_base import Base, folders, tune, write_rows
 from upit_report import write_report
 
 from megatron_ext.errors import UserError, run_main
-from megatron_ext.files import written_whole
 
 Row = dict[str, Any]
 
@@ -113,8 +112,6 @@ class Study:
         for name in self.variants:
             if name not in VARIANTS:
                 raise UserError(f"no variant {name}", f"known: {', '.join(VARIANTS)}")
-        if (self.data_dir is None) != (self.pretrain_dir is None):
-            raise UserError("one of data_dir and pretrain_dir is missing", "give both, or neither")
         if self.quick:
             self.variants, self.seeds = ["upcycling", "upit"], [1, 2]
             self.steps, self.eval_samples = 32, 8
@@ -125,11 +122,8 @@ class Study:
             )
 
     def _study(self, folder: Path) -> None:
+        text, talks = folders(self.work, self.pretrain_dir, self.data_dir)
         self.work.mkdir(parents=True, exist_ok=True)
-        if self.data_dir is None or self.pretrain_dir is None:
-            text, talks = text_of_wheels(self.work)
-        else:
-            text, talks = self.pretrain_dir, self.data_dir
         base = Base(self.work, text)
         if self.quick:
             base = Base(self.work, text, dense_iters=100, tokenizer_bytes=200_000)
@@ -155,9 +149,7 @@ class Study:
                 jobs, pool.map(self._variant, *zip(*jobs, strict=True)), strict=True
             ):
                 rows.append({"variant": name, "seed": seed, **found})
-                folder.mkdir(parents=True, exist_ok=True)
-                with written_whole(folder / "upit.jsonl") as partial:
-                    partial.write_text("".join(json.dumps(row) + "\n" for row in [settings, *rows]))
+                write_rows(folder / "upit.jsonl", [settings, *rows])
 
     def _variant(self, name: str, seed: int) -> Row:
         """One line of upit.jsonl, without its first two columns."""
@@ -176,11 +168,11 @@ class Study:
         rows, cpu = self._tune(folder, model, seed, steps)
         for made in ("experts", "routed"):  # what was measured stays
             shutil.rmtree(folder / made, ignore_errors=True)
-        losses = {k.removeprefix("loss/"): v for k, v in rows[-1].items() if k.startswith("loss/")}
+        losses = losses_of(rows[-1])
         loads = [row["load"] for row in rows if "load" in row]
         if loads:
             found["loads"] = dict(zip(sorted(losses), loads[-1], strict=True))
-        return {"loss": losses, "cpu": round(cpu, 1), **found}
+        return {"loss": losses, "cpu": cpu, **found}
 
     def _upit(self, folder: Path, entry: Entry, seed: int) -> Path:
         """Experts out of the dense run, with routers."""
@@ -226,23 +218,17 @@ class Study:
         Data sets count alike: with eta = 0 the rule of router loads leaves the weights as they are,
         and notes the loads.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         mixing: Row = {"strategy": "uniform"}
         if model != self._dense:
             mixing = {"strategy": "router_load", "options": {"eta": 0.0}, "interval": steps}
-        recipe, run = folder / "recipe.yaml", folder / "run"
-        recipe.write_text(json.dumps({"mixing": mixing}, indent=2) + "\n")  # YAML holds JSON
-        options = ["--config", str(recipe), "--load", str(model), "--finetune", "True"]
-        options += ["--save", str(run), "--data-dir", str(self._talks), "--seed", str(seed)]
+        options = ["--load", str(model), "--finetune", "True"]
+        options += ["--data-dir", str(self._talks), "--seed", str(seed)]
         options += ["--seq-length", str(self._seq_length), "--threads", "1", *keep]
-        options += ["--train-iters", str(steps), "--micro-batch-size", "8", "--lr", str(self.lr)]
+        options += ["--micro-batch-size", "8", "--lr", str(self.lr)]
         options += ["--global-batch-size", str(self.global_batch_size), "--min-lr", "0"]
         options += ["--weight-decay", "0", "--lr-warmup-iters", str(max(1, steps // 32))]
         options += ["--eval-samples", str(self.eval_samples)]
-        rows = train(folder, "tune", "finetune_moe.py", options, run, steps)
-        for checkpoint in () if keep else run.glob("iter_*"):
-            shutil.rmtree(checkpoint)
-        return rows, json.loads((folder / "tune.json").read_text())["cpu"]
+        return tune(folder, mixing, options, steps, bool(keep))
 
 
 def main() -> None:

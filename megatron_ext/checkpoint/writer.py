@@ -66,7 +66,6 @@ class _Storage(FileSystemWriter):
         paths = [self._folder / file_name(place) for place in range(len(plan.items))]
         # One tensor is written while the next is read and cut; the disk follows at its own speed.
         with (
-            _without_checksums(),
             ThreadPoolExecutor(max_workers=1) as disk,
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
@@ -105,7 +104,7 @@ class _Storage(FileSystemWriter):
 def _write(path: Path, tensor: Tensor) -> None:
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # torch.save would write all of what this is a part of
-    with path.open("wb") as stream:
+    with _without_checksums(), path.open("wb") as stream:  # an option of each thread
         torch.save(tensor, stream)
 
 

@@ -81,7 +81,7 @@ def weighted_swiglu(both: Tensor, probs: Tensor) -> Tensor:
     """
     gate, up = both.chunk(2, dim=1)
     hidden = torch.nn.functional.silu(gate).mul_(up)
-    return hidden * probs.unsqueeze(1).to(hidden.dtype)
+    return hidden.mul_(probs.unsqueeze(1).to(hidden.dtype))
 
 
 def weighted_swiglu_backward(
@@ -89,16 +89,13 @@ def weighted_swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients [T, 2m] and [T] of `weighted_swiglu`; `grad_weighted` [T, m] is written over."""
     gate, up = both.chunk(2, dim=1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    hidden = silu * up
-    grad_probs = (grad_weighted * hidden).sum(1).to(probs.dtype)
-    grad_hidden = grad_weighted.mul_(probs.unsqueeze(1).to(hidden.dtype))
+    silu = torch.nn.functional.silu(gate)
+    grad_probs = (silu * up).mul_(grad_weighted).sum(1).to(probs.dtype)
+    grad_hidden = grad_weighted.mul_(probs.unsqueeze(1).to(silu.dtype))
     grad_both = torch.empty_like(both)
     grad_gate, grad_up = grad_both.chunk(2, dim=1)
-    # d SiLU(g)/dg = sigmoid(g) (1 + g (1 - sigmoid(g))) = sigmoid + silu - silu * sigmoid
-    torch.mul(grad_hidden * up, sigmoid + silu - silu * sigmoid, out=grad_gate)
     torch.mul(grad_hidden, silu, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
     return grad_both, grad_probs
 
 

@@ -2,8 +2,8 @@
 
 The mixture is never in memory: a tensor is made when it is asked for, out of the same tensor of
 every checkpoint. Expert i < m is the FFN of checkpoint i, bit by bit; the children follow
-(`construction.expansion`). Not here: UpIT's third stage, the training of routing vectors; routers
-start as `construction.routers` has them.
+(`construction.expansion`). Routers start as `construction.routers` has them; UpIT's third stage,
+the training of routing vectors, is `training.router_init`'s.
 """
 
 from __future__ import annotations

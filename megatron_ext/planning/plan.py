@@ -14,6 +14,7 @@ from megatron_ext.planning.hardware import Machine, on_wire
 from megatron_ext.planning.observer import Call, Work
 from megatron_ext.planning.rehearsal import RankCost, num_micro_batches, rehearse
 from megatron_ext.training.flops import flops_per_token
+from megatron_ext.training.freeze import count_trained
 from megatron_ext.validation import data_parallel_size, validate
 
 GROUPS = {
@@ -196,9 +197,11 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights, fp32 copies (16-bit training) and both moments, each once."""
-        per_parameter = 12 if self.run.training.precision == "fp32" else 2 + 12
-        return self.parameters[0] * per_parameter
+        """Weights; of those that are trained fp32 copies (16-bit training) and both moments."""
+        training = self.run.training
+        weight, state = (4, 8) if training.precision == "fp32" else (2, 12)
+        trained = count_trained(self.run.model, training.freeze)
+        return self.parameters[0] * weight + trained * state
 
     @property
     def checkpoint_seconds(self) -> float:

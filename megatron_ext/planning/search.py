@@ -45,7 +45,7 @@ def grids(run: RunConfig, world_size: int, machine: Machine) -> Iterator[RunConf
                     validate(other, world_size)
                 except UserError:
                     continue
-                if static_bytes(other, world_size) < machine.usable:
+                if least_bytes(other, world_size) < machine.usable:
                     yield other
 
 
@@ -116,17 +116,21 @@ def _extrapolate(one: RankCost, two: RankCost, times: int) -> RankCost:
     return RankCost(**values)
 
 
-def static_bytes(run: RunConfig, world_size: int) -> float:
+def least_bytes(run: RunConfig, world_size: int) -> float:
     """Least that weights, gradients and sharded optimizer state of a rank can take."""
     from megatron_ext.checkpoint.tensors import count_parameters
+    from megatron_ext.training.freeze import count_trained
 
     parallel = run.parallel
-    total = count_parameters(run.model)[0]
     split = parallel.pipeline_model_parallel_size * max(
         parallel.tensor_model_parallel_size,
         parallel.expert_model_parallel_size * parallel.expert_tp,
     )
-    return total * (6 / split + 12 / world_size)
+    weight, state = (4, 8) if run.training.precision == "fp32" else (2, 12)
+    weights = count_parameters(run.model)[0] * weight / split
+    return weights + count_trained(run.model, run.training.freeze) * (
+        4 / split + state / world_size
+    )
 
 
 def rank_grids(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from megatron_ext.checkpoint.tensors import FC1, FC2, layer_key, tensor_shapes
+from megatron_ext.config import ModelConfig
 
 Freeze = Literal["none", "router", "reference", "base"]
 
@@ -24,16 +28,31 @@ def freeze(chunk: Any, what: Freeze) -> None:
     if what == "none":
         return
     for name, parameter in chunk.named_parameters():
-        if what != "base":
-            frozen = ".router." in name
-        else:
-            frozen = ".router." not in name and ".lora_" not in name
-        if frozen:
+        if is_frozen(name, what):
             parameter.requires_grad_(False)
     if what == "base" and chunk.pre_process:
         # Without it nothing before the first adapter would be in the graph: recomputation would not
         # reach that adapter, and a pipeline stage of dense layers would have no backward pass.
         chunk.embedding.register_forward_hook(lambda _, __, hidden: hidden.requires_grad_())
+
+
+def is_frozen(name: str, what: Freeze) -> bool:
+    """Whether `freeze` takes the gradient from a weight of this name in modules or checkpoints."""
+    if what == "base":
+        return ".router." not in name and ".lora_" not in name
+    return what != "none" and ".router." in name
+
+
+def count_trained(model: ModelConfig, what: Freeze) -> int:
+    """Parameters of a model that get a gradient: LoRA experts never train the FFN they share."""
+    shared = set()
+    if model.lora_rank is not None:
+        shared = {layer_key(layer, name) for layer in model.moe_layers for name in (FC1, FC2)}
+    return sum(
+        math.prod(shape)
+        for key, shape in tensor_shapes(model).items()
+        if key not in shared and not is_frozen(key, what)
+    )
 
 
 def zero_gate_projections(model: list[Any]) -> None:

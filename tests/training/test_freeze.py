@@ -11,6 +11,7 @@ from training.runs import make_run, make_trainer, write_data
 
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.training.freeze import count_trained
 from megatron_ext.validation import validate
 
 
@@ -37,6 +38,18 @@ def moved(run: RunConfig) -> dict[str, Any]:
         else:
             changes[name] = bool(change.any())
     return changes
+
+
+def trained(run: RunConfig) -> int:
+    [chunk] = make_trainer(run).model
+    return sum(p.numel() for p in chunk.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("freeze, rank", [("none", 0), ("router", 0), ("none", 4), ("base", 4)])
+def test_what_is_trained_is_counted_from_the_shapes(freeze: str, rank: int, root: Path) -> None:
+    lora = {"lora_rank": rank, "moe_ffn_hidden_size": 128} if rank else {}
+    run = make_run(root, model={"moe_gate": "mlp", **lora}, training={"freeze": freeze})
+    assert run_ranks(1, trained, run) == [count_trained(run.model, run.training.freeze)]
 
 
 @pytest.mark.parametrize("freeze", ["none", "router", "reference"])

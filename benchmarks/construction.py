@@ -1,10 +1,11 @@
 """Every way of making experts of one dense model: time, and perplexity before and after training.
 
-    python benchmarks/construction.py --model DENSE --data-dir TOKENS --work STUDY --steps 200
+    python benchmarks/construction.py --model DENSE --data-dir TOKENS --steps 200
 
 DENSE is a Hugging Face directory, TOKENS is written by tools/preprocess_data.py (with held-out
-text). Every mixture reads the same batches in the same order; the seeds are of the construction and
-its routers. Interrupted? Start it again: what STUDY holds is not done twice.
+text); by default both are what the demo leaves. Every mixture reads the same batches in the same
+order; the seeds are of the construction and its routers. Interrupted? Start it again: what the
+study's folder holds is not done twice, and --report-only writes the report of what there is.
 
 8 experts, 2 chosen. Methods with a residual or shared expert have 7 and 1 beside it. Partitions
 keep the size of the model; upcycled ones are larger and activate more, so compare the two
@@ -14,23 +15,24 @@ dense models and is left out.
 
 import dataclasses
 import json
-import math
-import os
 import shutil
 import statistics
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from report import RESULTS, Row, row, write
+from construction_report import perplexity, write_report
+from report import row, write
 from stages import losses_of, step
+from study_base import write_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_ext.checkpoint.layout import read_model_config
+from megatron_ext.checkpoint.tensors import count_parameters
+from megatron_ext.errors import UserError, run_main
 
-from megatron_ext.errors import UserError, run_main  # noqa: E402
+Run = dict[str, Any]
 
 BEFORE = "before.out"
 """Held-out losses before the training, as tools/evaluate.py prints them."""
@@ -55,6 +57,11 @@ class Entry:
     seeded: bool = True
     """Whether neurons, copies or routers are drawn at random."""
 
+    @property
+    def inputs(self) -> str:
+        """Statistics whose FFN inputs the output error is measured on."""
+        return self.statistics or "hidden_8"
+
 
 METHODS = {
     "independent_random": Entry("partition"),
@@ -76,11 +83,11 @@ METHODS = {
 class Study:
     """Build, evaluate, train and evaluate a mixture with every method."""
 
-    model: Path
+    model: Path = Path("demo/smollm2")
     """Dense model: Hugging Face directory, GGUF file or checkpoint."""
-    data_dir: Path
+    data_dir: Path = Path("demo/tokens")
     """Tokenised domains: text for statistics, training and held-out losses."""
-    work: Path
+    work: Path = Path("results/construction")
     """Folder of the study; a study found there goes on."""
     statistics: Path | None = None
     """Folder with statistics of this model in hidden_8, hidden_7 and centroids_7; none: those that
@@ -104,23 +111,56 @@ class Study:
     """Samples of each domain that statistics are collected from."""
     eval_samples: int = 64
     """Held-out samples of each domain."""
+    jobs: int = 1
+    """Mixtures at a time; an upcycled one of SmolLM2-135M takes 9 GB."""
     keep: bool = False
     """Keep the checkpoints of finished mixtures."""
+    report: Path | None = None
+    """Folder of construction.md, construction.jsonl and its picture; none: WORK/report."""
+    report_only: bool = False
+    """Train nothing: write the report of REPORT/construction.jsonl again."""
 
     def run(self) -> None:
+        folder = self.report or self.work / "report"
+        if not self.report_only:
+            self._check()
+            self._study(folder)
+        print(f"written: {write_report(folder)}")
+
+    def _check(self) -> None:
         for name in ("model", "data_dir"):
             if not getattr(self, name).exists():
-                raise UserError(f"{name} {getattr(self, name)} does not exist")
+                raise UserError(
+                    f"{name} {getattr(self, name)} does not exist", "make demo makes both defaults"
+                )
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"there is no method {method}", f"methods: {', '.join(METHODS)}")
         if min(self.seeds, self.steps) < 1:
             raise UserError("seeds and steps must be at least 1")
-        dense = self._dense()
-        results = {method: self._method(method) for method in self.methods}
-        self._report(dense, results)
 
-    def _dense(self) -> dict[str, Any]:
+    def _study(self, folder: Path) -> None:
+        dense = self._dense()
+        model = read_model_config(self.work / "dense" / "model")
+        names = ("steps", "seq_length", "global_batch_size", "lr", "num_samples", "eval_samples")
+        study = {name: getattr(self, name) for name in names}
+        study |= {"model": self.model.name, "parameters": count_parameters(model)[0]}
+        settings = {"study": study, "dense": dense}
+        for name in {METHODS[method].inputs for method in self.methods}:
+            self._statistics(name)
+        mixtures = [
+            (method, seed)
+            for method in self.methods
+            for seed in range(1, (self.seeds if METHODS[method].seeded else 1) + 1)
+        ]
+        runs: list[Run] = []
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for run in pool.map(self._mixture, *zip(*mixtures, strict=True)):
+                runs.append(run)
+                write_rows(folder / "construction.jsonl", [settings, *runs])
+        self._write_bench(dense, runs)
+
+    def _dense(self) -> Run:
         """The dense model itself, trained alike."""
         folder = self.work / "dense"
         source, target = str(self.model.resolve()), str(folder / "model")
@@ -128,12 +168,9 @@ class Study:
         step(folder, "construct", "tools/convert_llama.py", convert)
         return self._train(folder, folder / "model")
 
-    def _method(self, method: str) -> list[dict[str, Any]]:
+    def _mixture(self, method: str, seed: int) -> Run:
+        """One line of construction.jsonl."""
         entry = METHODS[method]
-        seeds = range(1, (self.seeds if entry.seeded else 1) + 1)
-        return [self._mixture(method, entry, seed) for seed in seeds]
-
-    def _mixture(self, method: str, entry: Entry, seed: int) -> dict[str, Any]:
         folder = self.work / method / f"seed{seed}"
         moe, dense = folder / "model", self.work / "dense"
         command = [entry.command, "--source", str(self.model.resolve()), "--output", str(moe)]
@@ -141,7 +178,7 @@ class Study:
         if entry.statistics is not None:
             command += ["--statistics", str(self._statistics(entry.statistics))]
         done = step(folder, "construct", "tools/convert_llama.py", command)
-        inputs = self._statistics(entry.statistics or "hidden_8")
+        inputs = self._statistics(entry.inputs)
         trained = self._train(folder, moe)
         files = ("--dense-losses", str(dense / BEFORE), "--losses", str(folder / BEFORE))
         place = ("report", "--source", str(moe), "--dense", str(self.model.resolve()))
@@ -151,30 +188,29 @@ class Study:
             shutil.rmtree(moe, ignore_errors=True)
         measured = json.loads((folder / "report.json").read_text())
         return {
+            "method": method,
             "seed": seed,
             "cpu": done["cpu"],
-            "wall": done["wall"],
             "activated": measured["parameters"]["activated"],
             "total": measured["parameters"]["total"],
             "error": measured["mean"]["error"],
             **trained,
         }
 
-    def _train(self, folder: Path, model: Path) -> dict[str, Any]:
-        """Perplexity before and after the training."""
+    def _train(self, folder: Path, model: Path) -> Run:
+        """Held-out losses before and after the training, and its CPU seconds."""
         run = folder / "run"
         options = ["--load", str(model), "--save", str(run), "--seed", "1234", "--eval-at-start"]
         options += ["True", *self._data(), "--train-iters", str(self.steps), "--lr", str(self.lr)]
         options += ["--global-batch-size", str(self.global_batch_size)]
         options += ["--lr-warmup-iters", str(max(1, self.steps // 20))]
-        step(folder, "train", "pretrain_moe.py", options)
+        trained = step(folder, "train", "pretrain_moe.py", options)
         for checkpoint in () if self.keep else run.glob("iter_*"):
             shutil.rmtree(checkpoint)
         losses = held_out_losses(run / "metrics.jsonl")
-        perplexities = {name: math.exp(loss) for name, loss in losses[0].items()}
-        (folder / BEFORE).write_text(json.dumps({"perplexity": perplexities}) + "\n")
-        before, after = (math.exp(statistics.fmean(losses[at].values())) for at in (0, self.steps))
-        return {"before": before, "after": after}
+        by_domain = {name: perplexity({name: loss}) for name, loss in losses[0].items()}
+        (folder / BEFORE).write_text(json.dumps({"perplexity": by_domain}) + "\n")
+        return {"before": losses[0], "loss": losses[self.steps], "train_cpu": trained["cpu"]}
 
     def _data(self) -> list[str]:
         return [
@@ -193,57 +229,24 @@ class Study:
         step(folder, f"collect_{name}", "tools/collect_statistics.py", command)
         return folder / name
 
-    def _report(self, dense: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
-        rows: list[Row] = []
-        for method, runs in results.items():
-            many = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            figures = (
-                ("construction, CPU", "s", "cpu", None),
-                ("perplexity at step 0", "", "before", dense["before"]),
-                (f"perplexity at step {self.steps}", "", "after", dense["after"]),
-            )
-            for metric, unit, key, limit in figures:
-                middle = statistics.median(run[key] for run in runs)
-                what = f"{method}, {many}: {metric}"
-                rows.append(row(what, unit, middle, limit=limit, higher_is_better=False))
+    def _write_bench(self, dense: Run, runs: list[Run]) -> None:
+        rows = []
+        for method in self.methods:
+            found = [run for run in runs if run["method"] == method]
+            time = statistics.median(run["cpu"] for run in found)
+            rows.append(row(f"{method}: construction, CPU", "s", time, higher_is_better=False))
+            for key, when in (("before", 0), ("loss", self.steps)):
+                after = statistics.median(perplexity(run[key]) for run in found)
+                limit = perplexity(dense[key])
+                what = f"{method}: perplexity at step {when}"
+                rows.append(row(what, "", after, limit=limit, higher_is_better=False))
         write("construction", rows)
-        table = RESULTS / "construction.md"
-        partial = table.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(self._markdown(dense, results))
-        os.replace(partial, table)
-        print(f"\n{table.read_text()}\nwritten to {table}")
-
-    def _markdown(self, dense: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
-        tokens = self.steps * self.global_batch_size * self.seq_length
-        lines = [
-            f"Experts made of {self.model.name}, trained for {self.steps} steps ({tokens:,} tokens "
-            f"of {self.data_dir.name}, learning rate {self.lr}). Mean over seeds, with lowest to "
-            "highest. Perplexity: of the mean held-out loss of the domains. Output error: of the "
-            "layers against the dense FFNs (`convert_llama.py report`). Time: CPU seconds of the "
-            "conversion, without collecting statistics and without the check at the end.",
-            "",
-            "| method | seeds | parameters (M), activated (M) | CPU s | output error | "
-            f"perplexity at step 0 | at step {self.steps} |",
-            "|---|---|---|---|---|---|---|",
-            f"| dense | - | - | - | 0 | {dense['before']:.2f} | {dense['after']:.2f} |",
-        ]
-        for method, runs in results.items():
-            size = f"{runs[0]['total'] / 1e6:.1f}, {runs[0]['activated'] / 1e6:.1f}"
-            cells = [_spread([run[key] for run in runs]) for key in ("cpu", "error")]
-            cells += [_spread([run[key] for run in runs]) for key in ("before", "after")]
-            lines.append(f"| {method} | {len(runs)} | {size} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
 
 
 def held_out_losses(metrics: Path) -> dict[int, dict[str, float]]:
     """Held-out loss of each domain, at each step where a run evaluated."""
     records = map(json.loads, metrics.read_text().splitlines())
     return {row["step"]: losses_of(row) for row in records if row["kind"] == "valid"}
-
-
-def _spread(values: list[float]) -> str:
-    middle = f"{statistics.fmean(values):.4g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.4g}-{max(values):.4g})"
 
 
 def main() -> None:

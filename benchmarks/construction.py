@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from construction_report import perplexity, write_report
+from construction_report import OPTIONS, perplexity, write_report
 from report import row, write
 from stages import losses_of, step
 from study_base import write_rows
@@ -142,8 +142,7 @@ class Study:
     def _study(self, folder: Path) -> None:
         dense = self._dense()
         model = read_model_config(self.work / "dense" / "model")
-        names = ("steps", "seq_length", "global_batch_size", "lr", "num_samples", "eval_samples")
-        study = {name: getattr(self, name) for name in names}
+        study = {name: getattr(self, name) for name in OPTIONS}
         study |= {"model": self.model.name, "parameters": count_parameters(model)[0]}
         settings = {"study": study, "dense": dense}
         for name in {METHODS[method].inputs for method in self.methods}:

@@ -3,13 +3,17 @@
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from study_pictures import frame, save
 from study_report import Results, claims_table, interval, write_generated
 
 BASE = "independent_random"
+OPTIONS = (
+    *("steps", "seq_length", "global_batch_size", "micro_batch_size", "lr"),
+    *("num_samples", "eval_samples"),
+)
+"""Options of the study that its results depend on."""
 # What papers claim of pairs: the first should have the lower loss after training.
 CLAIMS = (
     (BASE, "contiguous", "a random split is better than neurons in their order"),
@@ -64,10 +68,10 @@ def _body(results: Results) -> list[str]:
 
 def _setting(results: Results) -> list[str]:
     study = results.settings["study"]
-    minutes = sum(run["train_cpu"] for _, _, run in _runs(results)) / 60
+    runs = [run for seeds in results.runs.values() for run in seeds.values()]
+    minutes = sum(run["train_cpu"] for run in runs) / 60
     tokens = study["steps"] * study["global_batch_size"] * study["seq_length"]
-    names = ("steps", "seq_length", "global_batch_size", "lr", "num_samples", "eval_samples")
-    options = " ".join(f"--{name.replace('_', '-')} {study[name]}" for name in names)
+    options = " ".join(f"--{name.replace('_', '-')} {study[name]}" for name in OPTIONS)
     return [
         f'- **Command**: `make bench-construction ARGS="--model MODEL --data-dir TOKENS {options}"`'
         ", TOKENS being what `make demo` leaves in demo/tokens.",
@@ -119,12 +123,6 @@ def _spread(values: list[float]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _runs(results: Results) -> list[tuple[str, int, dict[str, Any]]]:
-    return [
-        (name, seed, run) for name, found in results.runs.items() for seed, run in found.items()
-    ]
 
 
 def _draw(path: Path, results: Results) -> None:

@@ -38,6 +38,13 @@ OVERLAPPED = ("data", "expert data")
 """Groups whose messages can travel while a micro-batch is computed."""
 
 
+def bytes_a_parameter(precision: str) -> tuple[int, int]:
+    """Of a weight; and of a trained one's optimizer state: both moments, beside 16 bits its fp32
+    copy.
+    """
+    return (4, 8) if precision == "fp32" else (2, 12)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What a rank of the dearest stage sends in a step."""
@@ -198,9 +205,8 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Weights; of those that are trained fp32 copies (16-bit training) and both moments."""
-        training = self.run.training
-        weight, state = (4, 8) if training.precision == "fp32" else (2, 12)
-        trained = count_trained(self.run.model, training.freeze)
+        weight, state = bytes_a_parameter(self.run.training.precision)
+        trained = count_trained(self.run.model, self.run.training.freeze)
         return self.parameters[0] * weight + trained * state
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.planning.hardware import Machine
-from megatron_ext.planning.plan import Plan, with_libraries
+from megatron_ext.planning.plan import Plan, bytes_a_parameter, with_libraries
 from megatron_ext.planning.rehearsal import RankCost, rehearse
 from megatron_ext.validation import validate
 
@@ -126,7 +126,7 @@ def least_bytes(run: RunConfig, world_size: int) -> float:
         parallel.tensor_model_parallel_size,
         parallel.expert_model_parallel_size * parallel.expert_tp,
     )
-    weight, state = (4, 8) if run.training.precision == "fp32" else (2, 12)
+    weight, state = bytes_a_parameter(run.training.precision)
     weights = count_parameters(run.model)[0] * weight / split
     return weights + count_trained(run.model, run.training.freeze) * (
         4 / split + state / world_size

@@ -78,6 +78,8 @@ FFN_RULES = {
     FC2: _same("mlp.down_proj.weight"),
 }
 LAYER_RULES = ATTENTION_RULES | FFN_RULES
+READ_AHEAD = 4
+"""How many tensors; every second or third is large."""
 
 
 def in_layer(layer: int, rule: Rule) -> Rule:
@@ -110,7 +112,8 @@ class HfWeights:
         self.model = model_from_hf(source.config)
         self.dtype = source.dtype
         self._rules = dense_rules(self.model)
-        self._next = dict(zip(self._rules, list(self._rules.values())[1:], strict=False))
+        self._order = list(self._rules)
+        self._expected = 0  # place of the tensor that a reader in order would ask for now
         needed = {name for rule in self._rules.values() for name in rule.names}
         # Buffers of old files, and the copy of tied embeddings that some tools store.
         ignored = {name for name in source.names if name.endswith("rotary_emb.inv_freq")}
@@ -143,11 +146,16 @@ class HfWeights:
         return gate, up
 
     def _parts(self, key: str) -> tuple[Tensor, ...]:
-        parts = tuple(self.source.tensor(name) for name in self._rules[key].names)
-        # The disk reads the next tensor while this one is cut and written.
-        for name in self._next[key].names if key in self._next else ():
-            self.source.prefetch(name)
-        return parts
+        place = self._order.index(key)
+        names = self._rules[key].names
+        # Who asks for tensors in their order gets the next ones read ahead.
+        ahead = READ_AHEAD if place == self._expected else 0
+        self._expected = place + 1
+        following = self._order[place + 1 : place + 1 + ahead]
+        self.source.prefetch(
+            [*names, *(name for other in following for name in self._rules[other].names)]
+        )
+        return tuple(self.source.tensor(name) for name in names)
 
 
 def _some(names: set[str]) -> str:

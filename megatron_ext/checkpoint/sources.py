@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,8 +53,8 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
 
-    def prefetch(self, name: str) -> None:
-        """Tell the system that this tensor is read soon."""
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Read these, and no others, in the background: they are asked for next."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SafetensorsSource:
     """A Hugging Face directory with safetensors files, read tensor by tensor.
 
     Read, not mapped: a page fault costs more than copying the page, and mapped pages would count
-    as this process's memory.
+    as this process's memory. One thread reads ahead; two streams at once would be slower together.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -83,6 +84,8 @@ class SafetensorsSource:
         """
         self.path = Path(path)
         self.config = read_hf_config(self.path)
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ahead: dict[str, Future[Tensor]] = {}
         self._places: dict[str, _Place] = {}
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
@@ -145,6 +148,17 @@ class SafetensorsSource:
         return self._places[name].shape
 
     def tensor(self, name: str) -> Tensor:
+        ahead = self._ahead.pop(name, None)
+        return self._read(name) if ahead is None else ahead.result()
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        for name in self._ahead.keys() - set(names):
+            self._ahead.pop(name).cancel()
+        for name in names:
+            if name not in self._ahead:
+                self._ahead[name] = self._reader.submit(self._read, name)
+
+    def _read(self, name: str) -> Tensor:
         place = self._places[name]
         data = np.empty(place.nbytes, np.uint8)  # numpy asks for huge pages, torch does not
         left = data.data
@@ -156,12 +170,6 @@ class SafetensorsSource:
                     raise UserError(f"weight file {place.file} became shorter", "download it again")
                 left = left[count:]
         return torch.from_numpy(data).view(place.dtype).view(place.shape)
-
-    def prefetch(self, name: str) -> None:
-        place = self._places[name]
-        with place.file.open("rb", buffering=0) as stream:
-            advice = os.POSIX_FADV_WILLNEED
-            os.posix_fadvise(stream.fileno(), place.offset, place.nbytes, advice)
 
 
 class GgufSource:
@@ -223,7 +231,7 @@ class GgufSource:
             return _unpermute(weight, self.config["num_key_value_heads"])
         return weight
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, names: Sequence[str]) -> None:
         """Nothing: taking the numbers apart is slower than any disk."""
 
 

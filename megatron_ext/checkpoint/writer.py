@@ -1,4 +1,4 @@
-"""Write a torch_dist checkpoint tensor by tensor, with no more than one of them in memory."""
+"""Write a torch_dist checkpoint tensor by tensor: one is written while the next is made."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint.hf import open_weights
+from megatron_ext.checkpoint.hf import READ_AHEAD, HfWeights, open_weights
 from megatron_ext.checkpoint.sources import SafetensorsSource
+from megatron_ext.checkpoint.tensors import tensor_shapes
 from megatron_ext.errors import UserError
 from tests.checkpoint.tiny import convert, save_llama
 
@@ -52,6 +53,42 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None
     with pytest.raises(UserError, match="became shorter"):
         for name in source.names:
             source.tensor(name)
+
+
+def test_reading_ahead_changes_nothing_and_holds_only_what_was_asked_for(tmp_path: Path) -> None:
+    source = SafetensorsSource(save_llama(tmp_path))
+    names = sorted(source.names)
+    plain = {name: source.tensor(name) for name in names}
+    source.prefetch(names[:3])
+    source.prefetch(names[2:4])
+    assert source._ahead.keys() == set(names[2:4])
+    for name in names:  # some of them ahead, some not, one twice
+        assert torch.equal(source.tensor(name), plain[name]), name
+    assert torch.equal(source.tensor(names[2]), plain[names[2]])
+    assert not source._ahead
+
+
+def test_who_reads_in_order_gets_the_next_tensors_read_ahead(tmp_path: Path) -> None:
+    dense = open_weights(save_llama(tmp_path))
+    assert isinstance(dense, HfWeights) and isinstance(dense.source, SafetensorsSource)
+    keys = list(tensor_shapes(dense.model))
+    dense.tensor(keys[3])
+    assert not dense.source._ahead  # one tensor alone
+    dense.tensor(keys[4])
+    names = {name for key in keys[5 : 5 + READ_AHEAD] for name in dense._rules[key].names}
+    assert dense.source._ahead.keys() == names
+    dense.tensor(keys[1])
+    assert not dense.source._ahead
+
+
+def test_what_goes_wrong_ahead_is_told_when_the_tensor_is_asked_for(tmp_path: Path) -> None:
+    source = SafetensorsSource(save_llama(tmp_path))
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(b"")
+    name = min(source.names)
+    source.prefetch([name])
+    with pytest.raises(UserError, match="became shorter"):
+        source.tensor(name)
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:

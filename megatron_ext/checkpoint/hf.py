@@ -79,7 +79,7 @@ FFN_RULES = {
 }
 LAYER_RULES = ATTENTION_RULES | FFN_RULES
 READ_AHEAD = 4
-"""How many tensors; every second or third is large."""
+"""Tensors; every second or third is large."""
 
 
 def in_layer(layer: int, rule: Rule) -> Rule:
@@ -102,8 +102,12 @@ def dense_rules(model: ModelConfig) -> dict[str, Rule]:
 class HfWeights:
     """A dense LLaMA of Hugging Face or llama.cpp in our layout (`tensors.Weights`)."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, read_ahead: int = READ_AHEAD) -> None:
         """Check that the source holds exactly the tensors of its configuration.
+
+        Args:
+            source: the tensors.
+            read_ahead: how many tensors to read in advance for who asks for them in order.
 
         Raises:
             UserError: another architecture; missing, unknown or misshapen tensors.
@@ -113,7 +117,9 @@ class HfWeights:
         self.dtype = source.dtype
         self._rules = dense_rules(self.model)
         self._order = list(self._rules)
-        self._expected = 0  # place of the tensor that a reader in order would ask for now
+        self._last = -1  # place of the tensor that was asked for last
+        self._in_order = 0  # how many have followed their predecessor
+        self._read_ahead = read_ahead
         needed = {name for rule in self._rules.values() for name in rule.names}
         # Buffers of old files, and the copy of tied embeddings that some tools store.
         ignored = {name for name in source.names if name.endswith("rotary_emb.inv_freq")}
@@ -148,9 +154,10 @@ class HfWeights:
     def _parts(self, key: str) -> tuple[Tensor, ...]:
         place = self._order.index(key)
         names = self._rules[key].names
-        # Who asks for tensors in their order gets the next ones read ahead.
-        ahead = READ_AHEAD if place == self._expected else 0
-        self._expected = place + 1
+        # As the kernel does it with files: the longer the order has been kept, the more.
+        self._in_order = self._in_order + 1 if place == self._last + 1 else 0
+        self._last = place
+        ahead = min(self._in_order, self._read_ahead)
         following = self._order[place + 1 : place + 1 + ahead]
         self.source.prefetch(
             [*names, *(name for other in following for name in self._rules[other].names)]
@@ -163,8 +170,12 @@ def _some(names: set[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more tensors"
 
 
-def open_weights(path: PathLike) -> Weights:
+def open_weights(path: PathLike, read_ahead: int = READ_AHEAD) -> Weights:
     """Weights of what lies at `path`: our checkpoint or run, a Hugging Face directory, a GGUF file.
+
+    Args:
+        path: directory or file.
+        read_ahead: see HfWeights.
 
     Raises:
         UserError: none of these, or a damaged one.
@@ -175,8 +186,8 @@ def open_weights(path: PathLike) -> Weights:
     if (path / MODEL_FILE).is_file():
         return CheckpointWeights(path)
     if path.is_dir():
-        return HfWeights(SafetensorsSource(path))
-    return HfWeights(GgufSource(path))
+        return HfWeights(SafetensorsSource(path), read_ahead)
+    return HfWeights(GgufSource(path), read_ahead)
 
 
 def model_from_hf(config: dict[str, Any]) -> ModelConfig:

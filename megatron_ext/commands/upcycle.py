@@ -83,7 +83,7 @@ class Upcycle(LoraConversion):
 
     def run(self) -> None:
         from megatron_ext.checkpoint import layout, verify
-        from megatron_ext.checkpoint.hf import open_weights
+        from megatron_ext.checkpoint.hf import READ_AHEAD, open_weights
         from megatron_ext.checkpoint.upcycled import UpcycledWeights, check_sources
         from megatron_ext.construction.upcycling import Alteration, replica_map, weight_factors
 
@@ -91,7 +91,8 @@ class Upcycle(LoraConversion):
         for place in places:
             check_paths(place, self.output, self.force)
         self._check_options()
-        opened = [open_weights(place) for place in places]
+        # Shared among the sources, so that memory does not grow with their number.
+        opened = [open_weights(place, READ_AHEAD // len(places)) for place in places]
         check_sources(opened, [str(place) for place in places])
         sources, dense = opened[: len(self.source)], opened[0]
         model = self._model(dense.model)

@@ -2,7 +2,9 @@
 
 Each side runs in a process of its own, turn by turn, with the same number of threads: forward,
     backward, balance loss, gradient clipping, AdamW (both with torch's fused kernel). The peer's
-    experts run in the way that transformers chooses on this machine.
+    experts run in the way that transformers chooses on this machine. One more step is profiled:
+    matrix products and attention are the same kernels of torch on both sides, so what they take is
+    what neither side can go below.
 
     make bench-train_step            (--rounds 3 --threads 2 --steps 3)
 """
@@ -47,6 +49,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 BARS = dict(zip(SHAPES, (1.0, 1.3), strict=True))
+# torch's own kernels, the same on both sides: nobody's step is faster than these.
+KERNELS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 
 
 @dataclass
@@ -124,12 +136,16 @@ def measure(step: Any, steps: int) -> dict[str, float]:
         started = time.perf_counter()
         torch.mm(a, a)
         sgemm.append(2 * 1024**3 / (time.perf_counter() - started))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     return {
         "first_loss": first,
         "wall": statistics.median(wall),
         "cpu": statistics.median(cpu),
         "memory": memory,
         "sgemm": max(sgemm),
+        "kernels": sum(spent.get(name, 0) for name in KERNELS) / sum(spent.values()),
     }
 
 
@@ -226,6 +242,18 @@ def main() -> None:
                 rate,
                 tokens / (work / peak * options.threads),
                 bar=BARS[shape] * rate,
+            ),
+            row(
+                f"{shape}: throughput were all but products and attention free",
+                "tokens / CPU-second",
+                tokens / (mine["cpu"] * mine["kernels"]),
+                rate,
+            ),
+            row(
+                f"{shape}: share of products and attention",
+                "%",
+                100 * mine["kernels"],
+                100 * theirs["kernels"],
             ),
             row(f"{shape}: step", "s", mine["wall"], theirs["wall"], work / peak, None, False),
             row(

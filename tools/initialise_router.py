@@ -5,7 +5,8 @@
 
 MOE is a checkpoint whose experts are whole FFNs (convert_llama.py upit or upcycle), DATA is written
 by tools/preprocess_data.py. ROUTED is a new checkpoint, and router_init.json in it says what was
-done: buckets, perplexities, and how often the routers choose a bucket's expert for it.
+done: buckets, perplexities, and how often the routers choose a bucket's expert for it. Interrupted?
+Start it again: it goes on after the last pass over the samples.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Options:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with CUDA, fp32 on CPU. Routing vectors are trained in fp32."""
     force: bool = False
-    """Replace a model that is in the output directory."""
+    """Replace a model that is in the output directory, and what another job left unfinished."""
 
     def validate(self) -> None:
         """Raise a UserError for the first option that cannot work."""
@@ -149,11 +150,13 @@ def initialise(options: Options) -> None:
     """
     options.validate()
 
+    from megatron_ext.checkpoint import layout
     from megatron_ext.checkpoint.reader import CheckpointWeights
     from megatron_ext.checkpoint.rerouted import write_rerouted
     from megatron_ext.commands.common import check_paths
     from megatron_ext.training import grid as grids
     from megatron_ext.training.data import find_domains, open_stream
+    from megatron_ext.training.router_progress import RouterProgress
     from megatron_ext.training.seeds import SeedSamples
     from megatron_ext.validation import check_vocabulary, validate
 
@@ -176,6 +179,7 @@ def initialise(options: Options) -> None:
             "raise seed_fraction",
         )
     check_vocabulary(seeds.largest_token(), weights.model.vocab_size)
+    progress = RouterProgress(options.save, layout.describe_job(options), options.force)
     grid = grids.initialize(run)
 
     from megatron_ext.training.collect import load_frozen
@@ -190,7 +194,9 @@ def initialise(options: Options) -> None:
         options.gate,
         options.seed,
     )
-    initialiser = RouterInitialiser(run, grid, load_frozen(run, grid), seeds)
+    if grid.is_main and progress.passes:
+        print(f"going on with {progress.file}: {progress.passes} passes are done")
+    initialiser = RouterInitialiser(run, grid, load_frozen(run, grid), seeds, progress)
     found = optimise(initialiser, options.buckets, options.capacity, options.held_out, training)
     vectors = initialiser.all_vectors()
     grids.close()
@@ -198,6 +204,7 @@ def initialise(options: Options) -> None:
         print(table(found))
         report = {"options": {**options.recorded(), "lr": training.lr}, **found}
         write_rerouted(weights, options.save, vectors, report, options.force)
+        progress.remove()
         print(f"done: {options.save}")
 
 

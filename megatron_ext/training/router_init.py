@@ -11,7 +11,8 @@ N seed samples, E experts, L MoE layers, h hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_ext.model.one_hot import (
 )
 from megatron_ext.training.grid import Grid
 from megatron_ext.training.passes import run_schedule
+from megatron_ext.training.router_progress import RouterProgress
 from megatron_ext.training.seeds import Ints, MicroBatch, SeedSamples
 from megatron_ext.training.step import place, run_model
 
@@ -42,6 +44,8 @@ Route = Callable[[Tensor], OneHotRouting | None]
 """From the samples of positions [b, s] to a micro-batch's routing; none: the routers' own."""
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From samples [b, s], loss mask [b, s] and losses [b, s] to a sum."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,21 @@ class RouterInitialiser:
         run: its global_batch_size is of rows.
         model: this rank's stage, frozen (`collect.load_frozen`).
         seeds: the same on every rank.
+        progress: what an interrupted call has done already.
     """
 
     def __init__(
-        self, run: RunConfig, grid: Grid, model: Any, seeds: SeedSamples, show_progress: bool = True
+        self,
+        run: RunConfig,
+        grid: Grid,
+        model: Any,
+        seeds: SeedSamples,
+        progress: RouterProgress,
+        show_progress: bool = True,
     ) -> None:
         assert run.model.num_experts is not None
         self.run, self.grid, self.model, self.seeds = run, grid, model, seeds
+        self.progress = progress
         self.num_experts = run.model.num_experts
         self.routers = routers(unwrap(model))
         self.vectors = {
@@ -94,26 +106,36 @@ class RouterInitialiser:
         In pass p sample i goes to expert (i + p) mod E: all have work in every pass.
         """
         size, experts = self.seeds.size, self.num_experts
-        sums = torch.zeros((size + 1) * experts, dtype=torch.float64, device=self._device)
+        sums = torch.zeros((size + 1) * experts, dtype=torch.float64)
+        sums = self.progress.tensors.get("scores", sums)
+        done = min(self.progress.passes, experts)
         rows = self.seeds.rows(np.arange(size))
         with one_expert_a_token(self.routers), self._bar(experts * len(rows), "scoring") as bar:
-            for turn in range(experts):
+            bar.update(done * len(rows))
+            for turn in range(done, experts):
                 table = (torch.arange(size + 1, device=self._device) + turn) % experts
+                found = torch.zeros_like(sums, device=self._device)
 
                 def add(
-                    sample: Tensor, mask: Tensor, losses: Tensor, table: Tensor = table
+                    sample: Tensor,
+                    mask: Tensor,
+                    losses: Tensor,
+                    table: Tensor = table,
+                    found: Tensor = found,
                 ) -> Tensor:
                     masked = (losses.float() * mask).double()
                     cells = sample * experts + table[sample]
                     if self.grid.tensor_rank == 0:
-                        sums.index_add_(0, cells.flatten(), masked.flatten())
+                        found.index_add_(0, cells.flatten(), masked.flatten())
                     return masked.sum()
 
                 for chunk in self._chunks(rows):
                     self._pass(chunk, functools.partial(_one_hot, table), add, forward_only=True)
                     bar.update(len(chunk))
-        torch.distributed.all_reduce(sums)
-        totals = sums.view(-1, experts)[:size].cpu().numpy()
+                torch.distributed.all_reduce(found)
+                sums = sums + found.cpu()
+                self.progress.keep({"scores": sums}, self.grid.is_main)
+        totals = sums.view(-1, experts)[:size].numpy()
         return totals / np.maximum(self.seeds.trained, 1)[:, None]
 
     # --- training ---------------------------------------------------------------------------------
@@ -129,31 +151,36 @@ class RouterInitialiser:
             For each epoch, the mean LM loss under the gates and the mean binary loss.
         """
         rows = self.seeds.rows(samples)
-        steps = how.epochs * -(-len(rows) // self.run.training.global_batch_size)
+        steps_an_epoch = -(-len(rows) // self.run.training.global_batch_size)
+        steps = how.epochs * steps_an_epoch
         tokens = np.bincount(buckets[samples], self.seeds.lengths[samples], self.num_experts)
         own, other = (
             torch.from_numpy(weights).float().to(self._device)
             for weights in class_weights(tokens, how.negatives)
         )
         table = self._table(buckets)
-        optimizer = schedule = None
-        if self.vectors:
-            optimizer = torch.optim.Adam(self.vectors.values(), how.lr)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-        history = []
+        optimizer = torch.optim.Adam(self.vectors.values(), how.lr) if self.vectors else None
+        history = self.progress.history
+        step = len(history) * steps_an_epoch
+        if optimizer is not None and history:
+            self._go_on(optimizer, step)
         with one_expert_a_token(self.routers), self._bar(steps, "training routers") as bar:
-            for epoch in range(how.epochs):
+            bar.update(step)
+            for epoch in range(len(history), how.epochs):
                 random = np.random.Generator(np.random.Philox(_seed(how.seed, 3, epoch)))
                 order = [rows[number] for number in random.permutation(len(rows))]
                 sums = np.zeros(4)
                 for chunk in self._chunks(order):
                     sums += self._backward(chunk, table, (own, other), how)
-                    if optimizer is not None and schedule is not None:
+                    if optimizer is not None:
+                        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+                        optimizer.param_groups[0]["lr"] = how.lr * cosine
                         optimizer.step()
                         optimizer.zero_grad()
-                        schedule.step()
+                    step += 1
                     bar.update(1)
                 history.append({"lm": sums[0] / sums[1], "binary": sums[2] / sums[3]})
+                self.progress.keep(self._training_state(optimizer), self.grid.is_main)
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in history[-1].items()})
         with torch.no_grad():
             for router in self.routers:
@@ -208,16 +235,45 @@ class RouterInitialiser:
         for vector, gradient in zip(self.vectors.values(), flat, strict=True):
             vector.grad = gradient
 
+    def _training_state(self, optimizer: torch.optim.Adam | None) -> dict[str, Tensor]:
+        """Vectors and Adam's moments of all stages (collective)."""
+        state = {"vectors": self._of_all_layers(self.vectors)}
+        for moment in MOMENTS:
+            mine = {
+                number: optimizer.state[vector][moment]
+                for number, vector in self.vectors.items()
+                if optimizer is not None
+            }
+            state[moment] = self._of_all_layers(mine)
+        return state
+
+    def _go_on(self, optimizer: torch.optim.Adam, step: int) -> None:
+        """Put back what `_training_state` kept."""
+        for number, vector in self.vectors.items():
+            place = self.run.model.moe_layers.index(number - 1)
+            kept = {
+                name: self.progress.tensors[name][place].to(self._device)
+                for name in ("vectors", *MOMENTS)
+            }
+            with torch.no_grad():
+                vector.copy_(kept.pop("vectors"))
+            optimizer.state[vector] = {"step": torch.tensor(float(step)), **kept}
+
     def all_vectors(self) -> dict[int, Tensor]:
         """[E, h] of every MoE layer, numbered from 0, on the CPU of every rank (collective)."""
+        found = self._of_all_layers(self.vectors)
+        return dict(zip(self.run.model.moe_layers, found, strict=True))
+
+    def _of_all_layers(self, mine: Mapping[int, Tensor]) -> Tensor:
+        """[L, E, h] on the CPU of every rank, from what each stage has by layer (collective)."""
         shape = (self.num_experts, self.run.model.hidden_size)
         layers = self.run.model.moe_layers
         found = torch.zeros(len(layers), *shape, device=self._device)
         if self.grid.counts_data and self.grid.data_rank == 0:
-            for number, vectors in self.vectors.items():
-                found[layers.index(number - 1)] = vectors.detach()
+            for number, values in mine.items():
+                found[layers.index(number - 1)] = values.detach()
         torch.distributed.all_reduce(found)
-        return dict(zip(layers, found.cpu(), strict=True))
+        return found.cpu()
 
     # --- what the routers do ----------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from megatron_ext.checkpoint.tensors import ROUTER, layer_key, tensor_shapes
 from megatron_ext.construction.buckets import assign_buckets, class_weights, hold_out
 from megatron_ext.data.conversation_stream import ConversationStream
 from megatron_ext.errors import UserError
+from megatron_ext.training.router_progress import RouterProgress
 from megatron_ext.training.seeds import SeedSamples
 
 TP, PP, CP, EP = (
@@ -287,6 +288,62 @@ def test_only_routers_are_others(root: Path, single: Any) -> None:
     assert construction is not None and source is not None
     assert construction["router"]["init"] == "trained" and construction["router"]["epochs"] == 12
     assert {**construction, "router": source["router"]} == source
+
+
+def _interrupted(root: Path, save: Path, options: dict[str, Any], passes: int) -> None:
+    """Stops as a signal stops it, after that many passes."""
+    keep = RouterProgress.keep
+
+    def stop(self: RouterProgress, *args: Any) -> None:
+        keep(self, *args)
+        if self.passes == passes:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RouterProgress, "keep", stop)
+        _initialise(root, save, options)
+
+
+def _finished(root: Path, save: Path, options: dict[str, Any], passes: int) -> None:
+    """Goes on to the end, with so many passes."""
+    keep, kept = RouterProgress.keep, []
+
+    def count(self: RouterProgress, *args: Any) -> None:
+        kept.append(self.passes)
+        keep(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RouterProgress, "keep", count)
+        _initialise(root, save, options)
+    assert len(kept) == passes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grid", "buckets"),
+    [(1, {}, "perplexity"), (2, {PP: 2}, "perplexity"), (1, {}, "random")],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    ranks: int, grid: dict[str, Any], buckets: str, root: Path, tmp_path: Path
+) -> None:
+    options = {**grid, "epochs": 3, "buckets": buckets}
+    whole = initialise(root, tmp_path / "whole", ranks, **options)
+    scoring = EXPERTS if buckets == "perplexity" else 0
+    stops = [stop for stop in (2, EXPERTS, EXPERTS + 1) if scoring or stop < 3]
+    for stop in stops:  # each goes on where the one before stopped
+        run_ranks(ranks, _interrupted, root, tmp_path / "cut", options, stop)
+        assert (tmp_path / ".cut.unfinished").is_file() and not (tmp_path / "cut").exists()
+    run_ranks(ranks, _finished, root, tmp_path / "cut", options, scoring + 3 - stops[-1])
+    assert json.loads((tmp_path / "cut" / "router_init.json").read_text()) == whole
+    assert torch.equal(routers(tmp_path / "cut"), routers(tmp_path / "whole"))
+    assert not (tmp_path / ".cut.unfinished").exists()
+
+
+def test_another_job_does_not_go_on(root: Path, tmp_path: Path) -> None:
+    run_ranks(1, _interrupted, root, tmp_path / "out", {"epochs": 1}, 1)
+    with pytest.raises(UserError, match="differs in lr"):
+        _initialise(root, tmp_path / "out", {"epochs": 1, "lr": 0.5})
+    forced = {"epochs": 1, "lr": 0.5, "force": True}
+    run_ranks(1, _finished, root, tmp_path / "out", forced, EXPERTS + 1)
 
 
 def test_random_buckets_teach_nothing(root: Path, tmp_path: Path) -> None:

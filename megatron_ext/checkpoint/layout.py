@@ -214,6 +214,11 @@ def describe_job(options: Any) -> dict[str, Any]:
     return plain
 
 
+def differing(left: dict[str, Any], job: dict[str, Any]) -> str:
+    """Names of what two of `describe_job` differ in."""
+    return ", ".join(sorted(k for k in left.keys() | job if left.get(k) != job.get(k)))
+
+
 def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(values, dict | list | tuple) and values:
         pairs = values.items() if isinstance(values, dict) else enumerate(values)
@@ -285,10 +290,9 @@ def _take_over(partial: Path, job: dict[str, Any] | None, force: bool) -> None:
             print(f"going on with the unfinished files in {partial}")
             return
         if not force:
-            wanted = job or {}
-            names = sorted(k for k in left.keys() | wanted if left.get(k) != wanted.get(k))
             raise UserError(
-                f"{partial} holds an unfinished conversion that differs in {', '.join(names)}",
+                f"{partial} holds an unfinished conversion that differs in "
+                f"{differing(left, job or {})}",
                 "give the same options to finish it; add --force or remove it to start anew",
             )
     for path in partial.iterdir():

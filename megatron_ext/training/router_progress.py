@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ext.checkpoint import layout
 from megatron_ext.errors import UserError
 from megatron_ext.files import written_whole
 
@@ -27,6 +28,7 @@ class RouterProgress:
     """
 
     def __init__(self, output: Path, job: dict[str, Any], force: bool = False) -> None:
+        output = output.absolute()
         self.file = output.with_name(f".{output.name}.unfinished")
         self._job = job
         self.passes = 0
@@ -42,9 +44,9 @@ class RouterProgress:
             if left["job"] != job:
                 if force:
                     return
-                names = sorted(k for k in left["job"] | job if left["job"].get(k) != job.get(k))
                 raise UserError(
-                    f"{self.file} is of an interrupted run that differs in {', '.join(names)}",
+                    f"{self.file} is of an interrupted run that differs in "
+                    f"{layout.differing(left['job'], job)}",
                     "give the same options to go on with it; add --force to start anew",
                 )
             self.passes, self.history = left["passes"], left["history"]
@@ -61,6 +63,7 @@ class RouterProgress:
         self.tensors |= tensors
         if writes:
             progress = {"job": self._job, "passes": self.passes, "history": self.history}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(self.file) as partial:
                 save_file(self.tensors, partial, {"progress": json.dumps(progress)})
 

@@ -339,11 +339,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
 
 def test_another_job_does_not_go_on(root: Path, tmp_path: Path) -> None:
-    run_ranks(1, _interrupted, root, tmp_path / "out", {"epochs": 1}, 1)
+    save = tmp_path / "new" / "out"
+    run_ranks(1, _interrupted, root, save, {"epochs": 1}, 1)
     with pytest.raises(UserError, match="differs in lr"):
-        _initialise(root, tmp_path / "out", {"epochs": 1, "lr": 0.5})
-    forced = {"epochs": 1, "lr": 0.5, "force": True}
-    run_ranks(1, _finished, root, tmp_path / "out", forced, EXPERTS + 1)
+        _initialise(root, save, {"epochs": 1, "lr": 0.5})
+    run_ranks(1, _finished, root, save, {"epochs": 1, "lr": 0.5, "force": True}, EXPERTS + 1)
 
 
 def test_random_buckets_teach_nothing(root: Path, tmp_path: Path) -> None:

@@ -49,7 +49,17 @@ TOKENIZER_FILES = (
     GENERATION_FILE,
 )
 JOB_FILE = "conversion.json"  # in a directory that is being filled
-INPUT_SUFFIXES = {".safetensors", ".json", ".gguf", ".distcp", ".yaml", ".jsonl", ".npy", ".pt"}
+INPUT_SUFFIXES = {
+    ".safetensors",
+    ".json",
+    ".gguf",
+    ".distcp",
+    ".yaml",
+    ".jsonl",
+    ".npy",
+    ".pt",
+    ".idx",  # of tokens; their .bin changes with it
+}
 PathLike = str | os.PathLike[str]
 
 

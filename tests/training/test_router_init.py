@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_another_job_does_not_go_on(root: Path, tmp_path: Path) -> None:
     save = tmp_path / "new" / "out"
     run_ranks(1, _interrupted, root, save, {"epochs": 1}, 1)
+    index = next((root / "data").rglob("*.idx"))
+    times = (index.stat().st_atime_ns, index.stat().st_mtime_ns)
+    os.utime(index)  # as new data would
+    with pytest.raises(UserError, match="differs in files of data_dir"):
+        _initialise(root, save, {"epochs": 1})
+    os.utime(index, ns=times)
     with pytest.raises(UserError, match="differs in lr"):
         _initialise(root, save, {"epochs": 1, "lr": 0.5})
     run_ranks(1, _finished, root, save, {"epochs": 1, "lr": 0.5, "force": True}, EXPERTS + 1)
